@@ -1,0 +1,13 @@
+"""Did you mean ...?"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection
+
+
+def nearest(word: str, options: Collection[str]) -> str:
+    """`; nearest: a, b` and all options when they are few; to be put behind a message."""
+    close = difflib.get_close_matches(word, list(options), n=3, cutoff=0.6)
+    listed = ", ".join(sorted(options)) if len(options) <= 12 else ""
+    return (f"; nearest: {', '.join(close)}" if close else "") + (f"; there are: {listed}" if listed else "")

@@ -1,0 +1,119 @@
+"""The run folder: its files, its creation, its status. The files are the truth about a run; everything else reads them."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+STATES = ("queued", "running", "finished", "failed", "preempted", "cancelled", "interrupted")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """The file holds `text`, or what it held before: also after a crash in the middle."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """A run folder's paths and its small files."""
+
+    path: Path
+
+    @property
+    def id(self) -> str:
+        """The run's id, the last part of the folder's name."""
+        return self.path.name.rpartition("-")[2]
+
+    @property
+    def config_file(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def submit(self) -> Path:
+        return self.path / "submit"
+
+    def config(self) -> dict[str, Any]:
+        """The frozen config."""
+        return yaml.load(self.config_file.read_text(encoding="utf-8"), Loader=yaml.CSafeLoader)
+
+    def launch(self) -> dict[str, Any]:
+        """How the run was submitted: working folder, import path, trusted packages."""
+        return json.loads((self.submit / "launch.json").read_text(encoding="utf-8"))
+
+    def status(self) -> dict[str, Any]:
+        """status.json; {} in a folder that has none."""
+        try:
+            return json.loads((self.path / "status.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {}
+
+    def set_status(self, **changes: Any) -> None:
+        """Changes keys of status.json, atomically. One process at a time writes: rank 0 while it lives, else its parent."""
+        status = {**self.status(), **changes, "heartbeat": time.time()}
+        write_atomically(self.path / "status.json", json.dumps(status, indent=1) + "\n")
+
+    def last_rows(self) -> list[dict[str, Any]]:
+        """The newest rows of metrics.jsonl: of its last 16 KiB, so that a table of many long runs is quick."""
+        try:
+            with open(self.metrics_file, "rb") as file:
+                file.seek(max(os.fstat(file.fileno()).st_size - 16384, 0))
+                lines = file.read().split(b"\n")[:-1]
+        except FileNotFoundError:
+            return []
+        return [json.loads(line) for line in lines if line.startswith(b'{"step"')]
+
+    def summary(self) -> dict[str, Any] | None:
+        """summary.json, once the run has finished."""
+        try:
+            return json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+
+
+def create(
+    path: Path, config: Mapping[str, Any], command: str, launch: Mapping[str, Any], code: Mapping[str, str]
+) -> RunDir:
+    """A new run folder with the frozen config, the command line, how to launch it and the state of the code; it appears whole
+    or not at all.
+
+    FileExistsError: another process has just made the same run.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    (draft / "code").mkdir(parents=True)
+    text = yaml.dump(dict(config), Dumper=yaml.CSafeDumper, sort_keys=False, allow_unicode=True, width=120)
+    (draft / "config.yaml").write_text(text, encoding="utf-8")
+    (draft / "command.txt").write_text(command + "\n", encoding="utf-8")
+    for name, content in code.items():
+        (draft / "code" / name).write_text(content, encoding="utf-8", errors="surrogateescape")
+    for folder in ("logs", "checkpoints", "submit"):
+        (draft / folder).mkdir()
+    run = RunDir(draft)
+    (run.submit / "launch.json").write_text(json.dumps(launch, indent=1) + "\n", encoding="utf-8")
+    run.set_status(state="queued", step=0, attempts=0, created=time.time())
+    os.rename(draft, path)  # onto a folder that is not empty: FileExistsError (ENOTEMPTY)
+    return RunDir(path)

@@ -1,0 +1,115 @@
+"""JPEG, PNG and other image files in ImageNet's layout, read with Pillow (the extra `images`)."""
+
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)  # ImageNet's, of RGB in 0..1
+STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+
+Box = tuple[float, float, float, float]  # left, top, right, bottom
+
+
+class ImageFolder:
+    """Images `root/<split>/<class>/<file>`, float32 [3, image_size, image_size]; train's classes by name are 0, 1, ...
+
+    With `augment`: a random part of the image, mirrored half of the time, drawn from torch's global generator, which
+    the loader seeds for each sample. Without: the central 7/8 of the short side. A file that can't be read is a
+    ValueError.
+    """
+
+    def __init__(
+        self, root: str | Path, split: Literal["train", "val"], image_size: int, num_classes: int, augment: bool
+    ) -> None:
+        try:
+            import PIL  # noqa: F401  # so that a run without it fails here, not at its first image
+        except ImportError as error:
+            raise ImportError("reading image files needs Pillow: pip install 'fairexp[images]'") from error
+        if split not in ("train", "val"):
+            raise ValueError(f"split={split!r}: ImageFolder has train and val")
+        classes = class_names(Path(root, "train"))
+        if len(classes) != num_classes:
+            raise ValueError(f"num_classes={num_classes}, but {root}/train has {len(classes)} classes")
+        names = class_names(Path(root, split))
+        if unknown := sorted(set(names) - set(classes)):
+            raise ValueError(f"{root}/{split} has classes that {root}/train lacks: {', '.join(unknown[:10])}")
+        files = [(path, classes.index(name)) for name in names for path in image_files(Path(root, split, name))]
+        if not files:
+            raise ValueError(f"{root}/{split} has no images ({', '.join(SUFFIXES)})")
+        # One array, not a million bytes objects: looking at an object writes its reference count, so each worker
+        # process would end up with its own copy of the list.
+        self.paths = np.array([path for path, _ in files])
+        self.labels = torch.tensor([label for _, label in files])
+        self.image_size, self.augment = image_size, augment
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        path = os.fsdecode(self.paths[index])
+        try:
+            pixels = load(path, self.image_size, random_box if self.augment else central_box)
+        except Exception as error:  # a broken file makes Pillow raise nearly anything
+            raise ValueError(f"{path}: can't read this image: {error}") from error
+        if self.augment and torch.rand(()) < 0.5:
+            pixels = pixels.flip(-1)
+        return (pixels.float() / 255 - MEAN) / STD, self.labels[index]
+
+
+def class_names(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+
+
+def image_files(folder: Path) -> list[bytes]:
+    """Paths of the images in a folder, by name; not the hidden ones, such as the `._x.jpg` that a Mac leaves behind."""
+    names = sorted(name for name in os.listdir(folder) if name.lower().endswith(SUFFIXES) and name[0] != ".")
+    return [os.fsencode(folder / name) for name in names]
+
+
+def load(path: str, size: int, choose_box: Callable[[int, int], Box]) -> Tensor:
+    """The chosen part of an image file in RGB, resized with antialiasing to uint8 [3, size, size]."""
+    from PIL import Image
+
+    with Image.open(path) as file:
+        width, height = file.size
+        if Image.MAX_IMAGE_PIXELS and width * height > Image.MAX_IMAGE_PIXELS:  # Pillow itself only warns
+            raise ValueError(f"{width} x {height} pixels are more than PIL.Image.MAX_IMAGE_PIXELS")
+        left, top, right, bottom = choose_box(width, height)
+        # A JPEG decodes at 1/2, 1/4 or 1/8 for less. Asking for 2 pixels where 1 is needed leaves the antialiasing
+        # to the resize below.
+        file.draft(None, (int(2 * size * width / (right - left)), int(2 * size * height / (bottom - top))))
+        across, down = file.width / width, file.height / height
+        box = (left * across, top * down, min(right * across, file.width), min(bottom * down, file.height))
+        image = file.convert("RGB").resize((size, size), Image.Resampling.BILINEAR, box, reducing_gap=2.0)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def random_box(width: int, height: int) -> Box:
+    """A random part with 8-100 % of the area and a width of 3/4 to 4/3 of its height (Inception's crop)."""
+    for _ in range(10):
+        area, stretch, x, y = torch.rand(4).tolist()
+        area = (0.08 + 0.92 * area) * width * height
+        ratio = (4 / 3) ** (2 * stretch - 1)
+        w, h = math.sqrt(area * ratio), math.sqrt(area / ratio)
+        if w <= width and h <= height:
+            left, top = x * (width - w), y * (height - h)
+            return left, top, left + w, top + h
+    return centred(width, height, min(width, height * 4 / 3), min(height, width * 4 / 3))
+
+
+def central_box(width: int, height: int) -> Box:
+    """The square that is left when the short side is resized to 256 and the central 224 x 224 are cut out."""
+    side = min(width, height) * 224 / 256
+    return centred(width, height, side, side)
+
+
+def centred(width: int, height: int, w: float, h: float) -> Box:
+    left, top = (width - w) / 2, (height - h) / 2
+    return left, top, left + w, top + h

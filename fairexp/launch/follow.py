@@ -1,0 +1,182 @@
+"""Shows a run that other processes execute, from its folder's own files: the same for any launcher."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, TextIO
+
+from fairexp.config.rundir import RunDir
+from fairexp.errors import DONE, FAILED, INTERRUPTED
+
+ENDED = {"finished": DONE, "failed": FAILED, "interrupted": INTERRUPTED}
+
+
+def follow(run_dir: RunDir) -> int:
+    """Shows the run's progress until it ends; the run's exit code. Ctrl-C is passed on, a second one kills."""
+    interrupts = 0
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        nonlocal interrupts
+        interrupts += 1
+        stop(run_dir, signal.SIGINT if interrupts == 1 else signal.SIGKILL)
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    rows = Tail(run_dir.metrics_file)
+    output = Tail(run_dir.logs / f"rank_0.attempt_{run_dir.status()['attempts'] + 1}.log")
+    try:
+        with view() as shown:
+            while True:
+                status = run_dir.status()  # before the rows: those of the last step are there when it says finished
+                for line in output.lines():
+                    shown.text(line)
+                for line in rows.lines():
+                    shown.row(json.loads(line), status.get("max_steps"))
+                if status["state"] in ENDED and not job_lives(run_dir, status):
+                    break
+                if status["state"] not in ENDED and not job_lives(run_dir, status):
+                    status = _lost(run_dir)
+                    break
+                time.sleep(0.1)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return ENDED[status["state"]]
+
+
+def stop(run_dir: RunDir, number: int) -> None:
+    """Sends the signal to the run's job, which passes it on to its ranks."""
+    pid = run_dir.status().get("pid")
+    if pid is not None:
+        try:
+            os.kill(pid, number)
+        except ProcessLookupError:
+            return
+
+
+def job_lives(run_dir: RunDir, status: dict[str, Any]) -> bool:
+    """Whether the local job's controller still runs."""
+    if status.get("job_id") is None:
+        return False
+    try:
+        state = Path(f"/proc/{status['job_id']}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state != "Z"
+
+
+def _lost(run_dir: RunDir) -> dict[str, Any]:
+    """The job ended without a word of how: it was killed."""
+    status = run_dir.status()
+    if status["state"] not in ENDED:
+        log = next(iter(sorted(run_dir.submit.glob("*_log.out"), key=os.path.getmtime, reverse=True)), None)
+        tail = log.read_text(errors="replace").strip().splitlines()[-1:] if log else []
+        run_dir.set_status(state="failed", error=" ".join(["the job ended without a word; its log's end:", *tail]))
+    return run_dir.status()
+
+
+class Tail:
+    """The lines that are added to a file which may not exist yet."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.file: TextIO | None = None
+        self.inode = 0
+        self.rest = ""
+        if path.exists():
+            self._open()
+            assert self.file is not None
+            self.file.seek(0, os.SEEK_END)
+
+    def _open(self) -> None:
+        self.file = open(self.path, encoding="utf-8", errors="replace")
+        self.inode = os.fstat(self.file.fileno()).st_ino
+
+    def lines(self) -> list[str]:
+        """The whole lines since the last call; a file that was replaced (a resume drops rows) is read from where it was."""
+        try:
+            replaced = self.path.stat().st_ino != self.inode
+        except FileNotFoundError:
+            return []
+        if self.file is None or replaced:
+            position = self.file.tell() if self.file else 0
+            self._open()
+            assert self.file is not None
+            self.file.seek(min(position, os.fstat(self.file.fileno()).st_size))
+        *whole, self.rest = (self.rest + self.file.read()).split("\n")
+        return whole
+
+
+def view() -> Bar | Lines:
+    """A progress bar on a terminal, plain lines elsewhere."""
+    return Bar() if sys.stderr.isatty() else Lines()
+
+
+class Lines:
+    """One line a log record: for files, pipes and CI."""
+
+    def __enter__(self) -> Lines:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        return None
+
+    def text(self, line: str) -> None:
+        """What rank 0 said."""
+        print(line, file=sys.stderr, flush=True)
+
+    def row(self, row: dict[str, Any], max_steps: int | None) -> None:
+        """A row of metrics.jsonl."""
+        print(f"step {row['step']}{f'/{max_steps}' if max_steps else ''}  {words(row)}", file=sys.stderr, flush=True)
+
+
+class Bar:
+    """rich's progress bar with the newest numbers."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self.progress = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            console=Console(stderr=True, highlight=False),
+        )
+        self.task = self.progress.add_task("", total=None, numbers="starting")
+
+    def __enter__(self) -> Bar:
+        self.progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.progress.stop()
+
+    def text(self, line: str) -> None:
+        """What rank 0 said, above the bar."""
+        self.progress.console.print(line, markup=False)
+
+    def row(self, row: dict[str, Any], max_steps: int | None) -> None:
+        """A row of metrics.jsonl."""
+        if any(key.startswith("eval/") for key in row):
+            self.progress.console.print(f"step {row['step']}  {words(row)}", markup=False)
+        else:
+            self.progress.update(self.task, completed=row["step"], total=max_steps, numbers=words(row))
+
+
+def words(row: dict[str, Any]) -> str:
+    """The numbers that a person watches."""
+    rate = row.get("perf/samples_per_s")
+    parts = [
+        f"{key.removeprefix('train/').replace('/', ' ')} {float(row[key]):.4g}"
+        for key in row
+        if key == "train/loss" or key == "train/lr" or key.startswith("eval/")
+    ]
+    return "  ".join(parts + ([f"{rate:,.0f} samples/s"] if rate else []))

@@ -1,0 +1,91 @@
+"""What submitit runs on a node: the run folder's path and nothing else, so that a requeue is the same object."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from fairexp.config.rundir import RunDir
+from fairexp.errors import DONE, FAILED, INTERRUPTED
+from fairexp.launch.supervise import supervise
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: `Job("runs/x")()` starts its ranks on this node and returns the run's exit code."""
+
+    run_dir: str
+
+    def __call__(self) -> int:
+        run_dir = RunDir(Path(self.run_dir))
+        launch = run_dir.launch()
+        os.chdir(launch["cwd"])
+        sys.path[:0] = [folder for folder in launch["sys_path"] if folder not in sys.path]
+        attempt = run_dir.status().get("attempts", 0) + 1
+        run_dir.set_status(state="running", attempts=attempt, pid=os.getpid(), host=socket.gethostname(), error=None)
+        for stale in run_dir.logs.glob("error_*.json"):
+            stale.unlink()
+        rendezvous = run_dir.submit / f"rendezvous_{attempt}"
+        rendezvous.unlink(missing_ok=True)
+
+        # the ranks are forked from a process that holds torch, in the last moment before it has threads
+        for name, value in variables(launch).items():
+            os.environ[name] = value
+        from fairexp.runtime import worker
+
+        def environment(k: int) -> dict[str, str]:
+            return {
+                "RANK": str(k),
+                "LOCAL_RANK": str(k),
+                "WORLD_SIZE": str(launch["num_processes"]),
+                "LOCAL_WORLD_SIZE": str(launch["num_processes"]),
+                "RENDEZVOUS_FILE": str(rendezvous),
+            }
+
+        codes = supervise(
+            launch["num_processes"],
+            environment,
+            lambda k: run_dir.logs / f"rank_{k}.attempt_{attempt}.log",
+            lambda: worker.main(run_dir),
+            launch["owner"],
+        )
+        rendezvous.unlink(missing_ok=True)
+        return conclude(run_dir, codes)
+
+
+def variables(launch: dict) -> dict[str, str]:
+    """Environment variables of every rank, to be set before torch is imported."""
+    fixed = {"OMP_NUM_THREADS": str(launch["threads"]), "PYTHONUNBUFFERED": "1"}
+    if launch["devices"] is not None:  # submitit's local executor has overwritten it
+        fixed["CUDA_VISIBLE_DEVICES"] = launch["devices"]
+    # one machine: the ranks talk over the loopback interface, so nothing of a run can be reached from outside
+    return {**fixed, "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo")}
+
+
+def conclude(run_dir: RunDir, codes: dict[int, int]) -> int:
+    """The run's exit code from its ranks'; where no rank could say how it ended, status.json says it now."""
+    if all(code == DONE for code in codes.values()):
+        return DONE
+    if all(code in (DONE, INTERRUPTED) for code in codes.values()):
+        return INTERRUPTED
+    run_dir.set_status(state="failed", error=root_cause(run_dir, codes))
+    return FAILED
+
+
+def root_cause(run_dir: RunDir, codes: dict[int, int]) -> str:
+    """The first rank's own error: those of its siblings ("connection closed by peer") only follow from it."""
+    rank, code = next((rank, code) for rank, code in codes.items() if code not in (DONE, INTERRUPTED))
+    if code < 0:
+        name = signal.Signals(-code).name
+        hint = " (out of memory?)" if code == -signal.SIGKILL else ""
+        return f"rank {rank} was killed by {name}{hint}"
+    errors = [json.loads(path.read_text()) for path in run_dir.logs.glob("error_*.json")]
+    if not errors:
+        return f"rank {rank} ended with exit code {code}"
+    first = min(errors, key=lambda error: error["time"])
+    return f"rank {first['rank']}: {first['error']}"

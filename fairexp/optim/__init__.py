@@ -1,0 +1,1 @@
+"""The optim shelf: learning-rate schedules and parameter groups, as plain functions."""

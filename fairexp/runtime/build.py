@@ -1,0 +1,143 @@
+"""From a frozen config to everything that one process of the run holds, in the order that matters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fairexp.config import schema
+from fairexp.config.rundir import RunDir
+from fairexp.errors import RunError
+from fairexp.optim.param_groups import split_decay
+from fairexp.runtime import checkpoint, data, dist, init
+from fairexp.runtime.ema import EMA
+from fairexp.runtime.make import locate, make
+from fairexp.runtime.precision import Precision, precision
+from fairexp.runtime.preempt import Stop
+from fairexp.runtime.strategies.strategy import Strategy
+from fairexp.runtime.strategies.units import units
+from fairexp.runtime.track import Metrics
+from fairexp.runtime.trackers.nothing import Nothing
+
+Task = Callable[[nn.Module, Any], tuple[Tensor, dict[str, Tensor]]]
+
+
+@dataclass
+class Run:
+    """One process's part of a run. The loop reads and writes it; there is nothing else."""
+
+    dir: RunDir
+    config: Mapping[str, Any]
+    trainer: schema.Trainer
+    checkpoint: schema.Checkpoint
+    here: dist.Place
+    module: nn.Module  # the model by its own names: for state, never called
+    model: nn.Module  # what is called: the module, or the strategy's wrapper around it
+    strategy: Strategy
+    precision: Precision
+    optimizer: torch.optim.Optimizer
+    schedule: Callable[[int], float]  # optimizer step -> factor on each group's initial_lr
+    task: Task
+    ema: EMA | None
+    training: data.TrainingOrder
+    fetch_training: data.Fetcher
+    evaluation: list[data.Part]
+    fetch_evaluation: data.Fetcher
+    max_steps: int
+    stop: Stop
+    tracker: Metrics | Nothing = field(default_factory=Nothing)
+    step: int = 0  # optimizer steps done
+    final: dict[str, float] = field(default_factory=dict)
+    best: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The model's parameters by name."""
+        return dict(self.module.named_parameters())
+
+
+def build(run_dir: RunDir, config: Mapping[str, Any], here: dist.Place, stop: Stop) -> Run:
+    """Model -> strategy -> optimizer -> data -> the last checkpoint, if there is one. The tracker comes last, by `track`."""
+    trainer = schema.read(schema.Trainer, config["trainer"])
+    strategy: Strategy = make(config["strategy"])
+    if strategy.needs_group or here.world_size > 1:
+        dist.join(here)
+    seed = config["seed"]
+
+    module = init.construct(lambda: make(config["model"]), locate(config["model"]["_target_"]), seed)
+    if not isinstance(module, nn.Module):
+        raise RunError(f"model: {config['model']['_target_']} gave a {type(module).__name__}, not a torch.nn.Module")
+    if trainer.compile == "blocks":
+        for unit in units(module).values():
+            unit.compile()  # in place: the names stay
+    model = strategy.wrap(module, here, seed)
+    if trainer.compile == "whole":
+        model.compile()
+    torch.manual_seed(init.seed_of(seed, "rank", here.rank))  # each rank its own dropout masks
+
+    # after the strategy: FSDP replaces the parameters
+    optimizer = _optimizer(config["optimizer"], module, trainer)
+
+    datasets = {part: make(config["dataset"][part]) for part in ("train", "eval")}
+    lengths = {part: data.length(dataset, part) for part, dataset in datasets.items()}
+    per_rank = -(-trainer.global_batch_size // here.world_size)
+    micro_batch_size = trainer.micro_batch_size or per_rank
+    training = data.TrainingOrder(lengths["train"], trainer.global_batch_size, micro_batch_size, here, seed)
+    max_steps = trainer.max_steps or trainer.max_epochs * training.steps_per_epoch  # type: ignore[operator]
+
+    run = Run(
+        dir=run_dir,
+        config=config,
+        trainer=trainer,
+        checkpoint=schema.read(schema.Checkpoint, config["checkpoint"]),
+        here=here,
+        module=module,
+        model=model,
+        strategy=strategy,
+        precision=precision(trainer.precision, here.device),
+        optimizer=optimizer,
+        schedule=make(config["schedule"], max_steps=max_steps),
+        task=make(config["task"]),
+        ema=EMA(module, trainer.ema_decay) if trainer.ema_decay is not None else None,
+        training=training,
+        fetch_training=data.Fetcher(datasets["train"], make(config["dataset"].get("augment")), seed),
+        evaluation=data.evaluation_order(lengths["eval"], trainer.eval_batch_size or micro_batch_size, here),
+        fetch_evaluation=data.Fetcher(datasets["eval"], None, seed),
+        max_steps=max_steps,
+        stop=stop,
+    )
+    if saved := checkpoint.folders(run_dir):
+        checkpoint.load(run, saved[-1])
+    return run
+
+
+def _optimizer(node: Mapping[str, Any], module: nn.Module, trainer: schema.Trainer) -> torch.optim.Optimizer:
+    parameters = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+    if not parameters:
+        raise RunError("the model has no parameter that requires a gradient")
+    exclude = "weight_decay" in node and not trainer.decay_norm_and_bias
+    params = split_decay(parameters) if exclude else [parameter for _, parameter in parameters]
+    optimizer = make(node, params=params)
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    return optimizer
+
+
+def track(run: Run) -> None:
+    """Opens metrics.jsonl and the tracker, on rank 0. Rows after the checkpoint that was loaded are dropped."""
+    if not run.here.first:
+        return
+    tracker = make(
+        run.config["tracker"],
+        run_dir=run.dir.path,
+        run_id=run.dir.id,
+        name=run.config["name"],
+        config=dict(run.config),
+        resumed=run.step > 0,
+    )
+    run.tracker = Metrics(run.dir.path, tracker)
+    run.tracker.drop_after(run.step)

@@ -1,0 +1,232 @@
+"""Which samples each step takes, and how a rank gets them.
+
+The order is a function of (seed, epoch) alone and a step's place in it of the step number, so it is the same on any world size
+and after any interruption; per-sample randomness is a function of (seed, epoch, sample index), so it is the same in any worker.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, default_collate
+
+from fairexp.errors import RunError
+from fairexp.runtime.dist import Place
+from fairexp.runtime.init import seed_of
+
+Augment = Callable[[Any, Tensor], Any]
+
+
+@runtime_checkable
+class BatchDataset(Protocol):
+    """A data set that gathers a whole batch: 6x faster than sample by sample for small samples (torch's own protocol)."""
+
+    def __len__(self) -> int: ...
+
+    def __getitems__(self, indices: Tensor) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Part:
+    """One micro batch's samples on one rank. `weight` of them count: none, where a rank has no sample and sends a copy.
+    `share`: of the global batch's mean, times the world size, by which DDP and FSDP divide."""
+
+    indices: Tensor
+    weight: int
+    share: float
+    epoch: int
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """A rank's samples of one forward pass, on its device."""
+
+    batch: Any
+    weight: int
+    share: float
+
+
+def split(indices: Tensor, here: Place, micro_batch_size: int, epoch: int) -> list[Part]:
+    """This rank's micro batches of a global batch. Every rank gets the same number of them: a rank short of samples would
+    leave the others waiting in a collective."""
+    start, stop = (len(indices) * rank // here.world_size for rank in (here.rank, here.rank + 1))
+    largest = -(-len(indices) // here.world_size)
+    count = -(-largest // micro_batch_size)
+    mine = indices[start:stop]
+    parts = [mine[len(mine) * k // count : len(mine) * (k + 1) // count] for k in range(count)]
+    scale = here.world_size / len(indices)
+    return [Part(part if len(part) else indices[:1], len(part), len(part) * scale, epoch) for part in parts]
+
+
+class TrainingOrder:
+    """The parts of every step from `first_step` on: an epoch is a seeded permutation, cut into global batches. The last one of
+    an epoch may be smaller: every sample is seen once an epoch."""
+
+    def __init__(self, length: int, global_batch_size: int, micro_batch_size: int, here: Place, seed: int):
+        self.length = length
+        self.global_batch_size = global_batch_size
+        self.micro_batch_size = micro_batch_size
+        self.here = here
+        self.seed = seed
+        self.steps_per_epoch = -(-length // global_batch_size)
+
+    def permutation(self, epoch: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed_of(self.seed, "order", epoch))
+        return torch.randperm(self.length, generator=generator)
+
+    def steps(self, first_step: int) -> Iterator[list[Part]]:
+        epoch, within = divmod(first_step, self.steps_per_epoch)
+        while True:
+            order = self.permutation(epoch)
+            for start in range(within * self.global_batch_size, self.length, self.global_batch_size):
+                yield split(order[start : start + self.global_batch_size], self.here, self.micro_batch_size, epoch)
+            epoch, within = epoch + 1, 0
+
+
+def evaluation_order(length: int, batch_size: int, here: Place) -> list[Part]:
+    """Every sample exactly once over all ranks, in order; the last batch is ragged."""
+    indices = torch.arange(length)
+    size = batch_size * here.world_size
+    return [part for start in range(0, length, size) for part in split(indices[start : start + size], here, batch_size, 0)]
+
+
+class Fetcher:
+    """Turns a part into a batch; it runs in the main process or in a data loading worker, with the same result."""
+
+    def __init__(self, dataset: Any, augment: Augment | None, seed: int):
+        self.dataset = dataset
+        self.augment = augment
+        self.seed = seed
+        self.gathers = isinstance(dataset, BatchDataset)
+
+    def __getitem__(self, part: Part) -> Any:
+        if self.gathers:
+            samples = self.dataset.__getitems__(part.indices)
+            batch = default_collate(samples) if isinstance(samples, list) else samples
+            return self.augment(batch, self.seeds(part)) if self.augment else batch
+        seeds = self.seeds(part)
+        with _isolated_random_state():
+            batch = default_collate([self._sample(*key) for key in zip(part.indices.tolist(), seeds.tolist(), strict=True)])
+        return self.augment(batch, seeds) if self.augment else batch
+
+    def _sample(self, index: int, seed: int) -> Any:
+        # whatever generator a transform uses, it draws the same numbers for the same sample
+        torch.manual_seed(seed)
+        np.random.seed(seed & 0xFFFFFFFF)
+        random.seed(seed)
+        return self.dataset[index]
+
+    def seeds(self, part: Part) -> Tensor:
+        """One seed a sample, from (seed, epoch, index): splitmix64's finalizer (Steele et al. 2014)."""
+        base = np.uint64(seed_of(self.seed, "sample", part.epoch))
+        with np.errstate(over="ignore"):
+            x = base + part.indices.numpy().astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+            x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return torch.from_numpy(((x ^ (x >> np.uint64(31))) >> np.uint64(1)).astype(np.int64))
+
+
+@contextmanager
+def _isolated_random_state() -> Iterator[None]:
+    """The main process's generators (dropout draws from them) don't notice the samples'."""
+    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(states[0])
+        np.random.set_state(states[1])
+        random.setstate(states[2])
+
+
+class _Keys:
+    """A sampler for DataLoader: what a function yields."""
+
+    def __init__(self, make: Callable[[], Iterator[Part]]):
+        self.make = make
+
+    def __iter__(self) -> Iterator[Part]:
+        return self.make()
+
+
+def _identity(batch: Any) -> Any:
+    return batch
+
+
+class Batches:
+    """An iterator over steps: each a list of this rank's micro batches on its device. `waited_s` adds up the time inside."""
+
+    def __init__(self, fetcher: Fetcher, order: TrainingOrder, here: Place, num_workers: int, first_step: int):
+        self.here = here
+        self.order = order
+        self.waited_s = 0.0
+        self._steps = order.steps(first_step)
+        if num_workers == 0:
+            self._batches: Iterator[Any] | None = None
+        else:
+            # the workers walk the same order, micro batch by micro batch; they hand tensors over, never objects
+            self._batches = iter(
+                DataLoader(
+                    fetcher,  # type: ignore[arg-type]
+                    batch_size=None,
+                    sampler=_Keys(lambda: (part for step in order.steps(first_step) for part in step)),  # type: ignore[arg-type]
+                    num_workers=num_workers,
+                    collate_fn=_identity,
+                    pin_memory=here.device.type == "cuda",
+                )
+            )
+        self.fetcher = fetcher
+
+    def __iter__(self) -> Batches:
+        return self
+
+    def __next__(self) -> list[MicroBatch]:
+        began = time.perf_counter()
+        step = [
+            MicroBatch(
+                to_device(self.fetcher[part] if self._batches is None else next(self._batches), self.here.device),
+                part.weight,
+                part.share,
+            )
+            for part in next(self._steps)
+        ]
+        self.waited_s += time.perf_counter() - began
+        return step
+
+    def close(self) -> None:
+        """Ends the workers."""
+        self._batches = None
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """The batch with every tensor on the device; tuples, lists and dicts are walked."""
+    if device.type == "cpu":
+        return batch
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, dict):
+        return {key: to_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, tuple | list):
+        return type(batch)(to_device(value, device) for value in batch)
+    return batch
+
+
+def length(dataset: Any, what: str) -> int:
+    """The number of samples; a RunError in words for what has none."""
+    try:
+        size = len(dataset)
+    except TypeError:
+        raise RunError(
+            f"dataset.{what}: {type(dataset).__qualname__} has no length. fairexp takes map-style data sets (__len__ and "
+            "__getitem__): the order of samples must not depend on the number of ranks and workers"
+        ) from None
+    if size == 0:
+        raise RunError(f"dataset.{what}: {type(dataset).__qualname__} is empty")
+    return size

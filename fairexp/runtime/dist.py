@@ -1,0 +1,78 @@
+"""This process's place among the ranks, and the few collectives that the loop needs."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which rank this is, of how many, on which device."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+
+def place(device: str) -> Place:
+    """The place that RANK, WORLD_SIZE and LOCAL_RANK say (one rank without them); `device`: auto, cpu or cuda."""
+    rank, world_size, local_rank = (int(os.environ.get(key, default)) for key, default in RANK_VARIABLES.items())
+    if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
+        torch.cuda.set_device(local_rank)
+        return Place(rank, world_size, local_rank, torch.device("cuda", local_rank))
+    return Place(rank, world_size, local_rank, torch.device("cpu"))
+
+
+RANK_VARIABLES = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+
+
+def join(here: Place) -> None:
+    """Makes the process group. CPU tensors go through gloo on any machine, so that signals and counts never touch the GPU.
+
+    On one machine the ranks meet in the file that RENDEZVOUS_FILE names: nothing listens on the network (torch's TCPStore
+    would, on every interface). Elsewhere at MASTER_ADDR:MASTER_PORT, as torchrun sets them.
+    """
+    backend = "cpu:gloo,cuda:nccl" if here.device.type == "cuda" else "gloo"
+    file = os.environ.get("RENDEZVOUS_FILE")
+    store: dist.Store | None = None
+    if here.world_size == 1:
+        store = dist.HashStore()
+    elif file:
+        store = dist.FileStore(str(Path(file)), here.world_size)
+    dist.init_process_group(
+        backend,
+        store=store,
+        rank=here.rank,
+        world_size=here.world_size,
+        device_id=here.device if here.device.type == "cuda" else None,
+    )
+
+
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """The element-wise sum over all ranks, in place."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def max_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """The element-wise maximum over all ranks, in place."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    return values
+
+
+def leave() -> None:
+    """Ends the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,202 @@
+"""The training loop. Copy this file into your repository, change it, and point `loop._target_` at it."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fairexp.errors import RunError
+from fairexp.runtime import checkpoint, dist
+from fairexp.runtime.build import Run
+from fairexp.runtime.data import Batches, MicroBatch, to_device
+
+
+def fit(run: Run) -> None:
+    """Trains from `run.step` to `run.max_steps`, or until all ranks have agreed to stop; logs, evaluates and saves on the way."""
+    batches = Batches(run.fetch_training, run.training, run.here, run.trainer.num_workers, run.step)
+    clock = Clock(run, batches)
+    run.model.train()
+    while run.step < run.max_steps:
+        micro_batches = next(batches)
+        logs = due(run, run.trainer.log_every)
+        loss, grad_norm = train_step(run, micro_batches, wants_norm=logs)
+        run.step += 1
+        if logs:
+            log(run, loss, grad_norm, clock)
+        if due(run, run.trainer.eval_every, before=1):
+            evaluate_and_log(run)
+            clock.restart()
+        stopping = run.stop.agreed(run.step)
+        if stopping or due(run, run.checkpoint.every, before=1):
+            checkpoint.save(run)
+            clock.restart()
+        if stopping:
+            break
+    batches.close()
+
+
+def train_step(run: Run, micro_batches: list[MicroBatch], wants_norm: bool) -> tuple[Tensor, Tensor | None]:
+    """One optimizer step. This rank's part of the loss, and the gradient norm where it was needed; both stay on the device.
+
+    Each micro batch's mean loss counts by its share of the global batch, so unequal ones average as one big batch would.
+    """
+    total: Tensor | None = None
+    for micro_batch in micro_batches:
+        with run.strategy.last_micro_batch(run.model, micro_batch is micro_batches[-1]):
+            with run.precision.autocast():
+                loss, _ = run.task(run.model, micro_batch.batch)
+            if micro_batch.share != 1.0:
+                loss = loss * micro_batch.share
+            run.precision.backward(loss)
+        total = loss.detach() if total is None else total + loss.detach()
+    assert total is not None
+
+    grad_norm = None
+    run.precision.unscale(run.optimizer)
+    if run.trainer.grad_clip_norm is not None:
+        grad_norm = run.strategy.clip_grad_norm(run.module.parameters(), run.trainer.grad_clip_norm)
+    elif wants_norm:
+        grad_norm = run.strategy.grad_norm(run.module.parameters())
+    factor = run.schedule(run.step)
+    for group in run.optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * factor
+    run.precision.step(run.optimizer)
+    run.optimizer.zero_grad()
+    if run.ema:
+        run.ema.update(run.step)
+    return total, grad_norm
+
+
+def due(run: Run, every: int | None, before: int = 0) -> bool:
+    """Whether the step that comes (or, with `before=1`, the one just done) is a multiple of `every` or the last."""
+    step = run.step + 1 - before
+    return step == run.max_steps or (every is not None and step % every == 0)
+
+
+class Clock:
+    """Times the steps between two log records."""
+
+    def __init__(self, run: Run, batches: Batches):
+        self.run = run
+        self.batches = batches
+        self.restart()
+
+    def restart(self) -> None:
+        """Forgets the time since the last record: evaluation and saving are no step time."""
+        self.step, self.began, self.waited_s = self.run.step, time.perf_counter(), self.batches.waited_s
+
+    def read(self) -> dict[str, float]:
+        """The mean step since the last record or restart."""
+        elapsed = time.perf_counter() - self.began
+        step_time = elapsed / max(self.run.step - self.step, 1)
+        record = {
+            "perf/step_time_s": step_time,
+            "perf/samples_per_s": self.run.trainer.global_batch_size / step_time,
+            "perf/data_wait_frac": (self.batches.waited_s - self.waited_s) / elapsed,
+            "perf/memory_gib": memory_gib(self.run.here.device),
+        }
+        self.restart()
+        return record
+
+
+def memory_gib(device: torch.device) -> float:
+    """The most that this rank has held: on the GPU what its tensors took, on the CPU the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
+
+
+def log(run: Run, loss: Tensor, grad_norm: Tensor | None, clock: Clock) -> None:
+    """A record of the step just done. The only place where the host waits for the device's numbers."""
+    assert grad_norm is not None
+    # the ranks' shares are of the mean times the world size
+    mean_loss = float(dist.sum_over_ranks(loss.clone())) / run.here.world_size
+    record = {
+        "train/loss": mean_loss,
+        "train/lr": run.optimizer.param_groups[0]["lr"],
+        "train/grad_norm": float(grad_norm),
+        "train/epoch": run.step / run.training.steps_per_epoch,
+        **clock.read(),
+    }
+    run.tracker.log(record, run.step)
+    run.final |= record
+
+
+def evaluate_and_log(run: Run) -> None:
+    """Evaluates and logs; the best of each metric goes to summary.json."""
+    record = {f"eval/{name}": value for name, value in evaluate(run).items()}
+    run.tracker.log(record, run.step)
+    run.final |= record
+    for name, value in record.items():
+        better = min if name.endswith("loss") else max
+        run.best[name] = better(value, run.best.get(name, value))
+
+
+@torch.no_grad()
+def evaluate(run: Run) -> dict[str, float]:
+    """The task's loss and metrics over the evaluation set: means in which each sample counts exactly once, on any world size."""
+    run.model.eval()
+    if run.ema:
+        with run.ema.applied():
+            sums = _sum_over_evaluation_set(run)
+    else:
+        sums = _sum_over_evaluation_set(run)
+    run.model.train()
+    values = dist.sum_over_ranks(torch.stack(list(sums.values()))).tolist()
+    totals = dict(zip(sums, values, strict=True))
+    return {name: total / totals["weight"] for name, total in totals.items() if name != "weight"}
+
+
+def _sum_over_evaluation_set(run: Run) -> dict[str, Tensor]:
+    sums: dict[str, Tensor] = {}
+    for part in run.evaluation:
+        batch = to_device(run.fetch_evaluation[part], run.here.device)
+        with run.precision.autocast():
+            loss, metrics = run.task(run.model, batch)
+        for name, value in {"loss": loss, **metrics, "weight": torch.ones_like(loss)}.items():
+            # float64: float32 sums of a large set lose whole samples
+            sums[name] = sums.get(name, 0.0) + value.double() * part.weight
+    return sums
+
+
+def overfit_one_batch(run: Run, steps: int, below: float) -> None:
+    """Trains on the first batch alone, without augmentation, and says whether the loss went below `below`.
+
+    A RunError where it did not: then the model, the loss or the learning rate is broken, and more data won't mend it.
+    """
+    run.fetch_training.augment = None
+    run.schedule = lambda step: 1.0
+    micro_batches = next(Batches(run.fetch_training, run.training, run.here, 0, 0))
+    run.model.train()
+    first = mean = float("nan")
+    while run.step < steps and not run.stop.agreed(run.step):
+        loss, grad_norm = train_step(run, micro_batches, wants_norm=True)
+        run.step += 1
+        mean = float(dist.sum_over_ranks(loss.clone())) / run.here.world_size
+        first = mean if run.step == 1 else first
+        run.tracker.log({"train/loss": mean, "train/grad_norm": float(grad_norm)}, run.step)  # type: ignore[arg-type]
+        if mean < below:
+            break
+    verdict = f"one batch of {run.trainer.global_batch_size}: loss {first:.4g} -> {mean:.4g} in {run.step} steps"
+    if mean >= below:
+        raise RunError(f"{verdict}; it did not get below {below:g}: look at the model, the loss and optimizer.lr")
+    if run.here.first:
+        print(f"{verdict}: it can learn (below {below:g})", file=sys.stderr, flush=True)
+
+
+def summary(run: Run, seconds: float) -> dict[str, Any]:
+    """What summary.json says: the final and best metrics and what they cost."""
+    return {
+        "step": run.step,
+        "samples": run.step * run.trainer.global_batch_size,
+        "wall_s": round(seconds, 3),
+        "world_size": run.here.world_size,
+        "device": str(run.here.device.type),
+        "final": run.final,
+        "best": run.best,
+    }

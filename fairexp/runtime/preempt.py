@@ -1,0 +1,47 @@
+"""Stopping: a signal to any rank becomes one decision of all ranks at one step boundary."""
+
+from __future__ import annotations
+
+import signal
+import time
+from types import FrameType
+
+import torch
+
+from fairexp.runtime import dist
+
+LOOK_EVERY_S = 0.2
+
+
+class Stop:
+    """Asks for the end of the run when SIGINT or SIGTERM arrives.
+
+    The handler only sets a flag: saving there would start a collective that the other ranks don't join. A second SIGINT
+    kills at once. The ranks compare flags about every 0.2 s, not every step, since that is a collective.
+    """
+
+    def __init__(self) -> None:
+        self.signal = 0
+        self._look_at = 0
+        self._looked = (0, time.monotonic())
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._notice)
+        # blocked by the process that started the ranks: one that came meanwhile is delivered now
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
+
+    def _notice(self, number: int, frame: FrameType | None) -> None:
+        self.signal = number
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    def agreed(self, step: int) -> bool:
+        """Whether all ranks stop after this step; all call it after every step."""
+        if step < self._look_at:
+            return False
+        last_step, last_time = self._looked
+        now = time.monotonic()
+        step_time = (now - last_time) / max(step - last_step, 1)
+        worst = dist.max_over_ranks(torch.tensor([float(self.signal), step_time], dtype=torch.float64))
+        self.signal, step_time = int(worst[0]), float(worst[1])
+        self._looked = (step, time.monotonic())
+        self._look_at = step + min(max(int(LOOK_EVERY_S / max(step_time, 1e-6)), 1), 1000)
+        return self.signal != 0

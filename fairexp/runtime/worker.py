@@ -1,0 +1,149 @@
+"""One rank of a run, from its environment variables to its exit code. Also `torchrun -m fairexp.runtime.worker RUN_DIR`."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import socket
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+
+import torch
+
+from fairexp.config.rundir import RunDir, write_atomically
+from fairexp.errors import DONE, FAILED, INTERRUPTED, RunError
+from fairexp.runtime import build as building
+from fairexp.runtime import dist, loop
+from fairexp.runtime.make import make, trust
+from fairexp.runtime.preempt import Stop
+
+
+def main(run_dir: RunDir) -> int:
+    """Runs this rank to its end. The exit code; where it isn't 0, `logs/error_<rank>.json` says why."""
+    stop = Stop()  # first: a Ctrl-C while the model is built ends the run as one during training
+    began = time.monotonic()
+    config = run_dir.config()
+    trust(run_dir.launch()["trusted"])
+    here = dist.place(config["trainer"]["device"])
+    if here.first:
+        run_dir.set_status(state="running", error=None)
+        write_atomically(run_dir.path / "environment.json", json.dumps(environment(here), indent=1) + "\n")
+    if config["trainer"]["deterministic"]:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    run = None
+    heartbeat = Heartbeat(run_dir)
+    try:
+        run = building.build(run_dir, config, here, stop)
+        building.track(run)
+        announce(run)
+        heartbeat.start(run)
+        make(config["loop"], run=run)
+        code = INTERRUPTED if stop.signal else DONE
+    except Exception as error:
+        code = FAILED
+        record_error(run_dir, here, error)
+    heartbeat.stop()  # two writers of status.json would lose each other's changes
+    if run is not None:
+        end(run, code, time.monotonic() - began)
+    if code != FAILED:  # after a failure the siblings may be gone: leaving politely would wait for them
+        dist.leave()
+    return code
+
+
+def announce(run: building.Run) -> None:
+    """The numbers that follow from the config, before the first step."""
+    if not run.here.first:
+        return
+    config, here, trainer = run.config, run.here, run.trainer
+    per_rank = run.training.micro_batch_size
+    accumulation = -(-trainer.global_batch_size // (per_rank * here.world_size))
+    parameters = sum(parameter.numel() for parameter in run.parameters.values())
+    lines = [
+        f"{run.dir.path.name}: {config['strategy']['_target_'].rpartition('.')[2]}, {here.world_size} x {here.device.type}, "
+        f"{torch.get_num_threads()} CPU thread{'s' if torch.get_num_threads() > 1 else ''} a rank, {trainer.precision}",
+        f"model {config['model']['_target_'].rpartition('.')[2]}: {parameters:,} parameters",
+        f"data {run.training.length:,} samples, {run.training.steps_per_epoch} steps an epoch",
+        f"batch {trainer.global_batch_size} = {here.world_size} ranks x {accumulation} micro batches x {per_rank}",
+        f"steps {run.step} -> {run.max_steps}" + (" (resumed)" if run.step else ""),
+    ]
+    print("\n".join(lines), file=sys.stderr, flush=True)
+    run.dir.set_status(step=run.step, max_steps=run.max_steps)
+
+
+def end(run: building.Run, code: int, seconds: float) -> None:
+    """Saves what a finished run leaves, and tells the folder and the tracker how it ended."""
+    if not run.here.first:
+        return
+    if code == DONE:
+        summary = json.dumps(loop.summary(run, seconds), indent=1)
+        write_atomically(run.dir.path / "summary.json", summary + "\n")
+    run.tracker.finish(code)
+    state = {DONE: "finished", INTERRUPTED: "interrupted", FAILED: "failed"}[code]
+    run.dir.set_status(state=state, step=run.step)
+
+
+class Heartbeat:
+    """Tells status.json every two seconds that rank 0 lives, and its step."""
+
+    def __init__(self, run_dir: RunDir):
+        self.run_dir = run_dir
+        self.over = threading.Event()
+        self.thread: threading.Thread | None = None
+
+    def start(self, run: building.Run) -> None:
+        """Begins to beat, on rank 0."""
+        if run.here.first:
+            self.thread = threading.Thread(target=self._beat, args=(run,), daemon=True)
+            self.thread.start()
+
+    def _beat(self, run: building.Run) -> None:
+        while not self.over.wait(2.0):
+            self.run_dir.set_status(step=run.step)
+
+    def stop(self) -> None:
+        """No beat comes after this."""
+        self.over.set()
+        if self.thread:
+            self.thread.join()
+
+
+def record_error(run_dir: RunDir, here: dist.Place, error: Exception) -> None:
+    """The real exception, for the process that watches the ranks, and in the rank's log. A RunError says it in words."""
+    trace = "" if isinstance(error, RunError) else traceback.format_exc()
+    text = str(error) if isinstance(error, RunError) else f"{type(error).__name__}: {error}"
+    record = {"rank": here.rank, "host": socket.gethostname(), "time": time.time(), "error": text, "traceback": trace}
+    write_atomically(run_dir.logs / f"error_{here.rank}.json", json.dumps(record) + "\n")
+    print(trace or text, file=sys.stderr, flush=True)
+
+
+def environment(here: dist.Place) -> dict[str, object]:
+    """What a bug report or a reproduction needs to know about this machine and its software."""
+    folders = [Path(folder) for folder in sys.path if Path(folder).is_dir()]
+    cuda = here.device.type == "cuda"
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "host": socket.gethostname(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "device": torch.cuda.get_device_name(here.device) if cuda else platform.processor() or platform.machine(),
+        "cpu_threads": torch.get_num_threads(),
+        # the folders' names say it: importlib.metadata would read every package's file
+        "packages": sorted({path.name.removesuffix(".dist-info") for folder in folders for path in folder.glob("*.dist-info")}),
+    }
+
+
+def leave(code: int) -> None:
+    """Ends the process without Python's finalization: gloo's threads race it, and up to one good run in ten would abort."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    leave(main(RunDir(Path(sys.argv[1]))))
