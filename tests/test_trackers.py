@@ -100,33 +100,28 @@ def start(run_dir: Path, variables: dict[str, str] | None = None, **asked: Any) 
     return process
 
 
+def wandb_command(run_dir: Path, *words: str, **variables: str) -> str:
+    """What wandb's own command line says of a run's last attempt."""
+    return subprocess.run(
+        [str(Path(sys.executable).parent / "wandb"), *words, str((run_dir / "wandb/latest-run").resolve())],
+        env=environment(WANDB_CACHE_DIR=str(run_dir / "wandb/cache"), **variables),
+        cwd=run_dir,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        timeout=60,
+    ).stdout
+
+
 def recorded(run_dir: Path) -> list[dict[str, Any]]:
-    """The history rows that wandb left on the disk."""
-    rows = []
-    for file in run_dir.glob("wandb/offline-run-*/*.wandb") or run_dir.glob("wandb/run-*/*.wandb"):
-        shown = subprocess.run(
-            [Path(sys.executable).parent / "wandb", "leet", "inspect", "--json", file],
-            env=environment(WANDB_CACHE_DIR=str(run_dir.parent / "cache")),
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        records = [json.loads(line) for line in shown.stdout.splitlines()]
-        rows += [record["history"]["item"] for record in records if "history" in record]
-    return rows
+    """The history rows that the last attempt left on the disk."""
+    records = [json.loads(line) for line in wandb_command(run_dir, "leet", "inspect", "--json").splitlines()]
+    return [record["history"]["item"] for record in records if "history" in record]
 
 
 def upload(run_dir: Path, server: StandIn) -> None:
-    """What the runs told us to do in the end, for the last attempt."""
-    folder = sorted(run_dir.glob("wandb/*run-*"), key=lambda folder: folder.stat().st_mtime)[-1]
-    subprocess.run(
-        [str(Path(sys.executable).parent / "wandb"), "sync", "--include-online", str(folder.resolve())],
-        env=environment(**server.environment(), WANDB_CACHE_DIR=str(run_dir / "wandb/cache")),
-        cwd=run_dir,
-        capture_output=True,
-        check=True,
-        timeout=30,
-    )
+    """What a run that could not send its rows tells its user to do."""
+    wandb_command(run_dir, "sync", "--include-online", **server.environment())
 
 
 def steps(rows: list[dict[str, Any]]) -> list[int]:
@@ -355,29 +350,15 @@ def test_online_the_server_gets_the_rows_the_config_and_the_end(tmp_path: Path, 
     run_dir, home = tmp_path / "run", tmp_path / "home"
     run_dir.mkdir()
     home.mkdir()
-    about = {
-        "project": "paper",
-        "entity": "local",
-        "group": "seeds",
-        "job_type": "train",
-        "tags": ["a", "b"],
-        "notes": "why",
-    }
-    said = train(run_dir, {**server.environment(), "HOME": str(home)}, **about)
+    names = {"project": "paper", "entity": "local", "notes": "why"}
+    settings = {**names, "group": "seeds", "job_type": "train", "tags": ["a", "b"]}
+    said = train(run_dir, {**server.environment(), "HOME": str(home)}, **settings)
     run = server.runs["3f9a1c02"]
     assert said == f"wandb: {server.url}/local/paper/runs/3f9a1c02\n"
-    assert [(row["trainer/step"], row["train/loss"]) for row in run.history] == [
-        (step, 1 / step) for step in range(1, 6)
-    ]
+    assert [row["train/loss"] for row in run.history] == [1 / step for step in steps(run.history)]
+    assert steps(run.history) == [1, 2, 3, 4, 5]
     assert {key: part["value"] for key, part in run.config.items() if key != "_wandb"} == CONFIG
-    shown = {
-        "displayName": "digits",
-        "groupName": "seeds",
-        "jobType": "train",
-        "notes": "why",
-        "project": "paper",
-        "entity": "local",
-    }
+    shown = {**names, "displayName": "digits", "groupName": "seeds", "jobType": "train"}
     assert run.about.items() >= shown.items()
     assert (run.tags, run.state, run.output) == (["a", "b"], "finished", [])
     axis = {(metric.get("1") or metric.get("2"), metric.get("5")) for metric in run.config["_wandb"]["value"]["m"]}
@@ -398,18 +379,8 @@ def test_a_resumed_run_goes_on_under_its_id_and_repeats_no_row_that_arrived(tmp_
     assert (run.state, run.preempting) == ("failed", True)  # which the real server shows as "preempted"
     train(tmp_path, server.environment(), first=4, last=9)  # the checkpoint was of step 3
     assert list(server.runs) == ["3f9a1c02"]
-    assert steps(run.history) == [
-        1,
-        2,
-        3,
-        4,
-        5,
-        6,
-        6,
-        7,
-        8,
-        9,
-    ]  # the last one may have been half sent, so it comes again
+    # The last one that arrived comes again: its evaluation may not have been sent.
+    assert steps(run.history) == [1, 2, 3, 4, 5, 6, 6, 7, 8, 9]
     assert [row["_step"] for row in run.history] == list(range(10))
     assert run.state == "finished"
 
@@ -423,32 +394,33 @@ def test_attempts_of_which_some_were_offline_make_one_run_when_uploaded(tmp_path
 
 
 def test_a_killed_run_keeps_what_it_logged_two_seconds_before(tmp_path: Path, server: StandIn) -> None:
-    folders = {mode: tmp_path / mode for mode in ("offline", "online")}
-    for folder in folders.values():
-        folder.mkdir()
-    processes = [start(folder, server.environment(), mode=mode, last=20) for mode, folder in folders.items()]
+    processes = []
+    for mode in ("offline", "online"):
+        (tmp_path / mode).mkdir()
+        processes.append(start(tmp_path / mode, server.environment(), mode=mode, last=20))
     time.sleep(2)
     for process in processes:
         process.kill()
         process.communicate()
-    assert {mode: steps(recorded(folder)) for mode, folder in folders.items()} == dict.fromkeys(folders, list(range(1, 21)))
+    assert steps(recorded(tmp_path / "offline")) == list(range(1, 21))
+    assert steps(recorded(tmp_path / "online")) == list(range(1, 21))
 
 
-def nobody() -> socket.socket:
-    """A port that refuses: bound, not listening."""
-    with_port = socket.socket()
-    with_port.bind(("127.0.0.1", 0))
-    return with_port
+def refusing() -> socket.socket:
+    """A port that nobody listens on."""
+    port = socket.socket()
+    port.bind(("127.0.0.1", 0))
+    return port
 
 
-def silence() -> socket.socket:
+def silent() -> socket.socket:
     """A port that takes connections and never answers."""
-    with_port = nobody()
-    with_port.listen()
-    return with_port
+    port = refusing()
+    port.listen()
+    return port
 
 
-@pytest.mark.parametrize("listener", [nobody, silence])
+@pytest.mark.parametrize("listener", [refusing, silent])
 def test_a_server_that_is_away_means_offline_in_bounded_time(tmp_path: Path, listener: Any) -> None:
     with listener() as port:
         begun = time.monotonic()
@@ -468,7 +440,7 @@ def test_a_bad_key_means_offline(tmp_path: Path, server: StandIn, key: str, stat
     assert reason in said
     assert "recording offline" in said
     assert said.count("\n") == 1
-    assert steps(recorded(tmp_path)) == [1, 2, 3, 4, 5]
+    assert len(list(tmp_path.glob("wandb/offline-run-*"))) == 1
 
 
 @pytest.mark.parametrize("end", ["answers 500", "goes away"])

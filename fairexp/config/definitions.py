@@ -70,30 +70,31 @@ def find_code(dotted: str, root: list[str]) -> tuple[Code, str]:
             break
     else:
         known = {*_modules_in(root), *sys.builtin_module_names}
-        raise TargetError(f"no module named '{pieces[0]}'{nearest(pieces[0], known)}")
+        raise TargetError(f"no module named '{pieces[0]}'{closest(pieces[0], known)}")
     inner = pieces[depth:]
     if len(inner) > 1 and module.folders is not None and inner[0] not in module.names.bound:
         try:
             member(module, inner[0])
         except TargetError:
-            close = nearest(inner[0], _names(module), module.name + ".")
+            close = closest(inner[0], _names(module), module.name + ".")
             raise TargetError(f"no module named '{module.name}.{inner[0]}'{close}") from None
     found: Module | Code = module
     for piece in inner:
         found = member(found, piece)
     if isinstance(found, Module):
-        close = nearest(pieces[-1], _names(found), f"{dotted}.")
+        close = closest(pieces[-1], _names(found), f"{dotted}.")
         raise TargetError(f"{dotted} is a module, not a class or function{close}")
     return found, ".".join(inner)
 
 
-def nearest(name: str, known: Collection[str], prefix: str = "") -> str:
-    """'; nearest: a, b' or an empty text. Upper and lower case matter only if they help."""
-    close = difflib.get_close_matches(name, known, n=3)
+def closest(name: str, known: Collection[str], prefix: str = "") -> str:
+    """`; nearest: a, b` or an empty text: of the similar names, those that begin alike come first."""
+    close = difflib.get_close_matches(name, known, n=10)
+    close.sort(key=lambda other: other[:3] != name[:3])
     if not close:
         by_lower = {other.lower(): other for other in known}
-        close = [by_lower[lower] for lower in difflib.get_close_matches(name.lower(), by_lower, n=3)]
-    return "; nearest: " + ", ".join(prefix + other for other in close) if close else ""
+        close = [by_lower[lower] for lower in difflib.get_close_matches(name.lower(), by_lower)]
+    return "; nearest: " + ", ".join(prefix + other for other in close[:3]) if close else ""
 
 
 # --- modules: found by the import system's finders, read with ast ---
@@ -102,11 +103,13 @@ def nearest(name: str, known: Collection[str], prefix: str = "") -> str:
 def _module(dotted: str, root: list[str]) -> Module | None:
     pieces = dotted.split(".")
     folders: list[str] | None = root
+    spec = None
     for depth in range(1, len(pieces) + 1):
         spec = None if folders is None else _spec(".".join(pieces[:depth]), folders)
         if spec is None:
             return None
         folders = None if spec.submodule_search_locations is None else list(spec.submodule_search_locations)
+    assert spec is not None
     file = spec.origin if spec.has_location else None
     if file and file.endswith(".py"):
         return Module(dotted, folders, root, file, _read_file(file, Path(file).stat().st_mtime_ns))
@@ -184,14 +187,15 @@ def _read_statements(body: Sequence[ast.stmt], names: Bindings, certain: bool) -
             case ast.Delete() if certain:
                 for name in (target.id for target in node.targets if isinstance(target, ast.Name)):
                     names.bound.pop(name, None)
-            case ast.With():
-                _read_statements(node.body, names, certain)
-            case ast.If() | ast.For() | ast.While() | ast.Try() | ast.TryStar():
-                for name in _stored(node.target) if isinstance(node, ast.For) else ():
+            case ast.For():
+                for name in _stored(node.target):
                     bind(name, node, replaces=False)
-                handlers = [line for handler in getattr(node, "handlers", ()) for line in handler.body]
-                branches = [*node.body, *handlers, *node.orelse, *getattr(node, "finalbody", ())]
-                _read_statements(branches, names, certain=False)
+                _read_statements([*node.body, *node.orelse], names, certain=False)
+            case ast.If() | ast.While() | ast.With() | ast.Try() | ast.TryStar() | ast.Match():
+                parts = [node, *getattr(node, "handlers", ()), *getattr(node, "cases", ())]
+                for branch in ("body", "orelse", "finalbody"):
+                    for part in parts:
+                        _read_statements(getattr(part, branch, []), names, certain=False)
 
 
 def _stored(target: ast.AST) -> Iterator[str]:
@@ -217,7 +221,7 @@ def member(owner: Module | Code, name: str, seen: _Seen = frozenset()) -> Module
         if name in body:
             return _one_of(body[name], code.module, seen)
         members |= body.keys()
-    raise TargetError(f"{owner.node.name} has no {name}{nearest(name, members)}")
+    raise TargetError(f"{owner.node.name} has no {name}{closest(name, members)}")
 
 
 def _module_member(module: Module, name: str, seen: _Seen) -> Module | Code:
@@ -240,7 +244,7 @@ def _module_member(module: Module, name: str, seen: _Seen) -> Module | Code:
         return submodule
     if unsure:
         return Code(ast.Pass(), module)
-    raise TargetError(f"{module.name} has no {name}{nearest(name, _names(module))}")
+    raise TargetError(f"{module.name} has no {name}{closest(name, _names(module))}")
 
 
 def _one_of(values: list[ast.AST | Import], module: Module, seen: _Seen) -> Module | Code:
@@ -309,17 +313,20 @@ def _names(module: Module, seen: frozenset[str] = frozenset()) -> set[str]:
 
 def lineage(code: Code, seen: tuple[Code, ...] = ()) -> list[Code]:
     """A class and its bases in the order in which Python asks them: one reached twice stands at its last place."""
-    line = [code]
-    for base in code.node.bases if isinstance(code.node, ast.ClassDef) and code not in seen else ():
+    line, seen = [code], (*seen, code)
+    for base in code.node.bases if isinstance(code.node, ast.ClassDef) else ():
         if origin(base, code.module) not in PLAIN_BASES:
             found = _value(base.value if isinstance(base, ast.Subscript) else base, code.module)
-            line += lineage(found, (*seen, code)) if isinstance(found, Code) else []
+            # `class Linear(Linear)` extends what the name stood for before, and that isn't kept
+            line += lineage(found, seen) if isinstance(found, Code) and found not in seen else [Code(base, code.module)]
     return list(dict.fromkeys(reversed(line)))[::-1]
 
 
 def origin(expression: ast.expr, module: Module) -> str:
     """The full dotted name of an expression, by the import of its first name."""
-    text = ast.unparse(expression.value if isinstance(expression, ast.Subscript) else expression)
+    if isinstance(expression, ast.Call | ast.Subscript):
+        return origin(expression.func if isinstance(expression, ast.Call) else expression.value, module)
+    text = ast.unparse(expression)
     head, dot, rest = text.partition(".")
     match module.names.bound.get(head):
         case [Import(module=source, name=name)]:

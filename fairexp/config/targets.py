@@ -9,8 +9,17 @@ import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from fairexp.config.definitions import Code, Import, TargetError, find_code, last_name, lineage, nearest, origin
-from fairexp.config.definitions import read_body as _read_body
+from fairexp.config.definitions import (
+    Code,
+    Import,
+    TargetError,
+    closest,
+    find_code,
+    last_name,
+    lineage,
+    origin,
+    read_body,
+)
 
 __all__ = ["Parameter", "Signature", "TargetError", "check_arguments", "find"]
 
@@ -18,7 +27,7 @@ HYDRA_KEYS = {"_target_", "_partial_", "_args_", "_recursive_", "_convert_"}
 # Decorators that leave the arguments as they are written. Any other makes a signature unknown.
 TRANSPARENT = {"staticmethod", "classmethod", "abstractmethod", "override", "final", "deprecated", "set_module"}
 TRANSPARENT |= {"wraps", "cache", "lru_cache", "contextmanager", "asynccontextmanager", "runtime_checkable"}
-TRANSPARENT |= {"no_grad", "enable_grad", "inference_mode", "total_ordering", "dataclass"}
+TRANSPARENT |= {"no_grad", "enable_grad", "inference_mode", "total_ordering"}
 
 
 @dataclass(frozen=True)
@@ -63,7 +72,7 @@ def check_arguments(signature: Signature, given: Mapping[str, object], provided_
                 problems.append(f"{name}: '{key}' takes {parameters[key].annotation}, got {given[key]!r}")
         elif not signature.takes_any:
             takes = f"it takes: {', '.join(parameters)}" if parameters else "it takes no named arguments"
-            problems.append(f"{name} takes no '{key}'{nearest(key, parameters)}; {takes}")
+            problems.append(f"{name} takes no '{key}'{closest(key, parameters)}; {takes}")
     # `_partial_` leaves the rest to whoever calls the result; `_args_` fills parameters by position.
     if "_args_" not in given and not given.get("_partial_"):
         missing = [key for key, parameter in parameters.items() if parameter.required and key not in given]
@@ -79,9 +88,9 @@ _Taken = tuple[dict[str, Parameter], bool] | None  # the parameters, and whether
 def _class_takes(code: Code) -> _Taken:
     for owner in _constructor_owners(code):
         node = owner.node
-        if not isinstance(node, ast.ClassDef) or not _is_transparent(node):
+        if not isinstance(node, ast.ClassDef) or not _is_plain(owner):
             return None
-        body = _read_body(node.body).bound
+        body = read_body(node.body).bound
         for method in ("__init__", "__new__"):
             if method in body:
                 return _function_takes(body[method][0], is_constructor=True) if len(body[method]) == 1 else None
@@ -93,17 +102,20 @@ def _class_takes(code: Code) -> _Taken:
 
 def _constructor_owners(code: Code) -> list[Code]:
     """The bases only where they are needed: reading torch.nn.Module's file alone takes 30 ms."""
-    own = _read_body(code.node.body).bound if isinstance(code.node, ast.ClassDef) else {}
+    own = read_body(code.node.body).bound if isinstance(code.node, ast.ClassDef) else {}
     return [code] if "__init__" in own or "__new__" in own else lineage(code)
 
 
 def _function_takes(node: ast.AST | Import, is_constructor: bool) -> _Taken:
-    if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or not _is_transparent(node):
+    if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        return None
+    decorators = {*map(last_name, node.decorator_list)}
+    if not decorators <= TRANSPARENT:
         return None
     arguments = node.args
     positional = [*arguments.posonlyargs, *arguments.args]
     defaults = [*[None] * (len(positional) - len(arguments.defaults)), *arguments.defaults]
-    is_bound = is_constructor or "classmethod" in map(last_name, node.decorator_list)
+    is_bound = is_constructor or "classmethod" in decorators
     first = max(len(arguments.posonlyargs), int(is_bound))  # positional-only parameters can't be given by name
     by_name = list(zip(positional, defaults, strict=True))[first:]
     taken = {a.arg: _parameter(a.annotation, default) for a, default in by_name}
@@ -116,7 +128,7 @@ def _fields_take(code: Code) -> _Taken:
     """The fields of a dataclass or NamedTuple, inherited ones first."""
     taken: dict[str, Parameter] = {}
     for owner in reversed(lineage(code)):
-        if not isinstance(owner.node, ast.ClassDef) or not _is_transparent(owner.node):
+        if not isinstance(owner.node, ast.ClassDef) or not _is_plain(owner):
             return None
         options = _dataclass_options(owner)
         keyword_only = options.get("kw_only", False)
@@ -137,16 +149,17 @@ def _fields_take(code: Code) -> _Taken:
 def _dataclass_options(code: Code) -> dict[str, bool]:
     """What `@dataclass(...)` was told, with `init` always there; empty for any other class."""
     for decorator in code.node.decorator_list if isinstance(code.node, ast.ClassDef) else ():
-        function = decorator.func if isinstance(decorator, ast.Call) else decorator
-        if origin(function, code.module) == "dataclasses.dataclass":
+        if origin(decorator, code.module) == "dataclasses.dataclass":
             return {"init": True} | {key: _truth(value, False) for key, value in _keywords(decorator).items()}
     return {}
 
 
-def _is_transparent(node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
-    keywords = node.keywords if isinstance(node, ast.ClassDef) else []
-    has_metaclass = any(k.arg == "metaclass" and last_name(k.value) != "ABCMeta" for k in keywords)
-    return {*map(last_name, node.decorator_list)} <= TRANSPARENT and not has_metaclass
+def _is_plain(code: Code) -> bool:
+    """A class whose decorators and metaclass leave its constructor alone."""
+    assert isinstance(code.node, ast.ClassDef)
+    allowed = TRANSPARENT | ({"dataclass"} if _dataclass_options(code) else set())
+    metaclasses = {last_name(keyword.value) for keyword in code.node.keywords if keyword.arg == "metaclass"}
+    return {*map(last_name, code.node.decorator_list)} <= allowed and metaclasses <= {"ABCMeta"}
 
 
 def _parameter(annotation: ast.expr | None, default: ast.expr | None, keyword_only: bool = False) -> Parameter:

@@ -13,6 +13,7 @@ from typing import Any, TextIO
 
 from fairexp.config.rundir import RunDir
 from fairexp.errors import DONE, FAILED, INTERRUPTED
+from fairexp.launch.job import first_error
 
 ENDED = {"finished": DONE, "failed": FAILED, "interrupted": INTERRUPTED}
 
@@ -37,16 +38,23 @@ def follow(run_dir: RunDir) -> int:
                     shown.text(line)
                 for line in rows.lines():
                     shown.row(json.loads(line), status.get("max_steps"))
-                if status["state"] in ENDED and not job_lives(run_dir, status):
-                    break
-                if status["state"] not in ENDED and not job_lives(run_dir, status):
+                if not job_lives(run_dir, status):
                     status = _lost(run_dir)
                     break
                 time.sleep(0.1)
+            if status["state"] == "failed":
+                for line in last_words(run_dir):
+                    shown.text(line)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
     return ENDED[status["state"]]
+
+
+def last_words(run_dir: RunDir) -> list[str]:
+    """The traceback of the rank that failed first. Rank 0's was shown as it came."""
+    error = first_error(run_dir)
+    return error["traceback"].splitlines() if error and error["rank"] != 0 else []
 
 
 def stop(run_dir: RunDir, number: int) -> None:

@@ -9,10 +9,11 @@ import socket
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fairexp.config.rundir import RunDir
 from fairexp.errors import DONE, FAILED, INTERRUPTED
-from fairexp.launch.supervise import supervise
+from fairexp.launch.supervise import die_with, supervise
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Job:
     def __call__(self) -> int:
         run_dir = RunDir(Path(self.run_dir))
         launch = run_dir.launch()
+        die_with(os.getppid())  # submitit's controller; and the ranks die with this process
         os.chdir(launch["cwd"])
         sys.path[:0] = [folder for folder in launch["sys_path"] if folder not in sys.path]
         attempt = run_dir.status().get("attempts", 0) + 1
@@ -55,10 +57,13 @@ class Job:
             launch["owner"],
         )
         rendezvous.unlink(missing_ok=True)
+        if owner_is_gone(launch["owner"]):
+            run_dir.set_status(state="failed", error=f"the command that followed it (process {launch['owner']}) was killed")
+            return FAILED
         return conclude(run_dir, codes)
 
 
-def variables(launch: dict) -> dict[str, str]:
+def variables(launch: dict[str, Any]) -> dict[str, str]:
     """Environment variables of every rank, to be set before torch is imported."""
     fixed = {"OMP_NUM_THREADS": str(launch["threads"]), "PYTHONUNBUFFERED": "1"}
     if launch["devices"] is not None:  # submitit's local executor has overwritten it
@@ -77,15 +82,24 @@ def conclude(run_dir: RunDir, codes: dict[int, int]) -> int:
     return FAILED
 
 
+def owner_is_gone(owner: int | None) -> bool:
+    """Whether the command that followed the run has been killed."""
+    return owner is not None and not Path(f"/proc/{owner}").exists()
+
+
 def root_cause(run_dir: RunDir, codes: dict[int, int]) -> str:
     """The first rank's own error: those of its siblings ("connection closed by peer") only follow from it."""
     rank, code = next((rank, code) for rank, code in codes.items() if code not in (DONE, INTERRUPTED))
+    if error := first_error(run_dir):
+        return f"rank {error['rank']}: {error['error']}"
     if code < 0:
-        name = signal.Signals(-code).name
         hint = " (out of memory?)" if code == -signal.SIGKILL else ""
-        return f"rank {rank} was killed by {name}{hint}"
-    errors = [json.loads(path.read_text()) for path in run_dir.logs.glob("error_*.json")]
-    if not errors:
-        return f"rank {rank} ended with exit code {code}"
-    first = min(errors, key=lambda error: error["time"])
-    return f"rank {first['rank']}: {first['error']}"
+        return f"rank {rank} was killed by {signal.Signals(-code).name}{hint}"
+    return f"rank {rank} ended with exit code {code}"
+
+
+def first_error(run_dir: RunDir) -> dict[str, Any] | None:
+    """The exception that came first, if a rank could write one down that isn't the loss of another rank."""
+    errors = [json.loads(path.read_text(encoding="utf-8")) for path in run_dir.logs.glob("error_*.json")]
+    own = [error for error in errors if not error["lost_peer"]]
+    return min(own, key=lambda error: error["time"], default=None)

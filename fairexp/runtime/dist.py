@@ -72,6 +72,15 @@ def max_over_ranks(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
+def is_lost_peer(error: Exception) -> bool:
+    """Whether a collective failed because another rank has gone: the consequence of an error, not the error."""
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in PEER_GONE)
+
+
+# what gloo and NCCL say; neither has a type of its own for it
+PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited", "socketPollConnect")
+
+
 def leave() -> None:
     """Ends the process group, if there is one."""
     if dist.is_initialized():

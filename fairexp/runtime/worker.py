@@ -114,9 +114,21 @@ class Heartbeat:
 
 def record_error(run_dir: RunDir, here: dist.Place, error: Exception) -> None:
     """The real exception, for the process that watches the ranks, and in the rank's log. A RunError says it in words."""
-    trace = "" if isinstance(error, RunError) else traceback.format_exc()
-    text = str(error) if isinstance(error, RunError) else f"{type(error).__name__}: {error}"
-    record = {"rank": here.rank, "host": socket.gethostname(), "time": time.time(), "error": text, "traceback": trace}
+    peer = dist.is_lost_peer(error)
+    if peer:
+        text, trace = f"rank {here.rank} lost another rank in a collective; that rank's log says why", ""
+    elif isinstance(error, RunError):
+        text, trace = str(error), ""
+    else:
+        text, trace = f"{type(error).__name__}: {error}", traceback.format_exc()
+    record = {
+        "rank": here.rank,
+        "host": socket.gethostname(),
+        "time": time.time(),
+        "lost_peer": peer,
+        "error": text,
+        "traceback": trace,
+    }
     write_atomically(run_dir.logs / f"error_{here.rank}.json", json.dumps(record) + "\n")
     print(trace or text, file=sys.stderr, flush=True)
 
