@@ -81,7 +81,10 @@ def leaves(node: Any, prefix: str = "") -> Iterator[str]:
 
 CASES = {
     "a value in the primary file": ([], {"seed": "ours/train.yaml:6", "trainer.max_steps": "ours/train.yaml:9"}),
-    "a value in a group's file": ([], {"model.width": "ours/model/vit.yaml:3", "model.head.bias": "ours/model/vit.yaml:5"}),
+    "a value in a group's file": (
+        [],
+        {"model.width": "ours/model/vit.yaml:3", "model.head.bias": "ours/model/vit.yaml:5"},
+    ),
     "a list and an empty section count as values": (
         [],
         {"trainer.betas": "ours/train.yaml:10", "model.head.hidden": "ours/model/vit.yaml:6"},

@@ -148,6 +148,8 @@ def _read_file(file: str, mtime_ns: int) -> Bindings:
     # A mention in a comment counts too: then a wrong name is found by the run instead of here.
     computing = rb"\bglobals\(\)|\bsys\.modules\[|\bexec\(|^\s+global "
     names.computed = "__getattr__" in names.bound or bool(re.search(computing, source, re.MULTILINE))
+    if re.search(rb"\b__all__\s*(\+=|\.)", source):
+        names.bound.pop("__all__", None)
     return names
 
 
@@ -182,8 +184,6 @@ def _read_statements(body: Sequence[ast.stmt], names: Bindings, certain: bool) -
                         bind(name, node.value if isinstance(target, ast.Name) else node)
             case ast.AnnAssign(target=ast.Name(id=name), value=ast.expr() as value):
                 bind(name, value)
-            case ast.AugAssign(target=ast.Name(id=name)):
-                bind(name, node, replaces=False)
             case ast.Delete() if certain:
                 for name in (target.id for target in node.targets if isinstance(target, ast.Name)):
                     names.bound.pop(name, None)
@@ -263,10 +263,12 @@ def _one_of(values: list[ast.AST | Import], module: Module, seen: _Seen) -> Modu
 def _value(value: ast.AST | Import, module: Module, seen: _Seen = frozenset()) -> Module | Code:
     match value:
         case Import():
-            source = _module(_absolute(value, module), module.root)
+            dotted = _absolute(value, module)
+            source = _module(dotted, module.root)
+            if source is None and _is_inside_computed(dotted, module.root):
+                return Code(ast.Pass(), module)
             if source is None:
-                missing = _absolute(value, module)
-                raise TargetError(f"no module named '{missing}', which {module.file or module.name} imports")
+                raise TargetError(f"no module named '{dotted}', which {module.file or module.name} imports")
             return _module_member(source, value.name, seen) if value.name else source
         case ast.Name():
             with suppress(TargetError):  # a built-in
@@ -275,6 +277,13 @@ def _value(value: ast.AST | Import, module: Module, seen: _Seen = frozenset()) -
             with suppress(TargetError):  # set from outside
                 return member(_value(value.value, module, seen), value.attr, seen)
     return Code(value if isinstance(value, ast.AST) else ast.Pass(), module)
+
+
+def _is_inside_computed(dotted: str, root: list[str]) -> bool:
+    """Whether a parent makes its submodules as it runs, as the C extension torch._C does."""
+    pieces = dotted.split(".")
+    parents = [_module(".".join(pieces[:depth]), root) for depth in range(1, len(pieces))]
+    return any(parent is not None and parent.names.computed for parent in parents)
 
 
 def _absolute(what: Import, module: Module) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Collection
 
 def nearest(word: str, options: Collection[str]) -> str:
     """`; nearest: a, b` and all options when they are few; to be put behind a message."""
-    close = difflib.get_close_matches(word, list(options), n=3, cutoff=0.6)
-    listed = ", ".join(sorted(options)) if len(options) <= 12 else ""
+    known = sorted(options)
+    close = difflib.get_close_matches(word, known, n=3, cutoff=0.6)
+    listed = ", ".join(known) if len(known) <= 12 else ""
     return (f"; nearest: {', '.join(close)}" if close else "") + (f"; there are: {listed}" if listed else "")

@@ -18,7 +18,7 @@ from fairexp.config.searching import searching
 
 COMMAND_LINE = "command line"
 _MERGE = "tag:yaml.org,2002:merge"
-_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast where PyYAML was built with it
+_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # sixteen times as fast, where PyYAML was built with it
 
 
 def sources(config_dirs: Sequence[Path], config_name: str, overrides: Sequence[str]) -> dict[str, str]:
@@ -74,7 +74,7 @@ def _keys_below(node: yaml.Node | None, prefix: str) -> Iterator[tuple[str, int,
 
 
 def _put(found: dict[str, str], key: str, where: str, yields: bool = False) -> None:
-    """A value replaces the section that stood there, and a section the value. `yields`: `{}` and `???` replace nothing."""
+    """A value replaces the section that stood there, a section the value. `yields`: `{}` and `???` replace nothing."""
     if yields and any(f"{other}.".startswith(f"{key}.") for other in found):
         return
     _remove(found, key)
@@ -90,7 +90,7 @@ def _remove(found: dict[str, str], key: str) -> None:
 
 
 def _apply(found: dict[str, str], override: Override) -> None:
-    key = re.sub(r"\[(\w+)\]", r".\1", override.key_or_group)  # a[b] is a.b
+    key = re.sub(r"\[(\w+)\]", r".\1", override.key_or_group)  # Hydra 1.4 also reads a[b]
     parent, _, last = key.rpartition(".")
     if override.is_delete():
         _remove(found, key)

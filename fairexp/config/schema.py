@@ -19,15 +19,15 @@ class Bound:
     open: bool = False
 
     def __str__(self) -> str:
-        low = f"{'>' if self.open else '>='} {self.low:g}"
-        return low if math.isinf(self.high) else f"{low} and <= {self.high:g}"
+        low = f"{'>' if self.open else '>='} {self.low}"
+        return low if math.isinf(self.high) else f"{low} and <= {self.high}"
 
     def holds(self, value: float) -> bool:
         return (value > self.low if self.open else value >= self.low) and value <= self.high
 
 
 Positive = Annotated[int, Bound(1)]
-Fraction = Annotated[float, Bound(0.0, 1.0)]
+Fraction = Annotated[float, Bound(0, 1)]
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Trainer:
     max_epochs: Positive | None
     global_batch_size: Positive
     micro_batch_size: Positive | None
-    grad_clip_norm: Annotated[float, Bound(0.0, open=True)] | None
+    grad_clip_norm: Annotated[float, Bound(0, open=True)] | None
     decay_norm_and_bias: bool
     precision: Literal["fp32", "bf16", "fp16"]
     compile: Literal["off", "blocks", "whole"]
@@ -94,10 +94,15 @@ def allowed(annotation: Any) -> str:
         base, bound = get_args(annotation)
         return f"{allowed(base)} {bound}"
     if origin is Literal:
-        return ", ".join(str(value) for value in get_args(annotation))
+        return f"one of {', '.join(map(str, get_args(annotation)))}"
     if origin in (Union, types.UnionType):
         return " or ".join(allowed(part) for part in get_args(annotation))
     return "null" if annotation is type(None) else annotation.__name__
+
+
+def shown(value: Any) -> str:
+    """A value as a person would write it in YAML."""
+    return {None: "null", True: "true", False: "false"}.get(value, repr(value)) if isinstance(value, bool | None) else repr(value)
 
 
 def fits(value: Any, annotation: Any) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,12 +34,4 @@ def lines(composed: Composed, node: Mapping[str, Any], prefix: str = "", indent:
             yield from lines(composed, value, f"{prefix}{key}.", indent + "  ")
         else:
             text = yaml.safe_dump(value, default_flow_style=True, width=1000, allow_unicode=True).strip().removesuffix("\n...").strip()
-            yield f"{indent}{key}: {text}", _short(composed.where(f"{prefix}{key}"))
-
-
-def _short(where: str) -> str:
-    path, _, line = where.rpartition(":")
-    if not path or not Path(path).is_absolute():
-        return where
-    short = os.path.relpath(path)
-    return f"{short if len(short) < len(path) else path}:{line}"
+            yield f"{indent}{key}: {text}", composed.where(f"{prefix}{key}")

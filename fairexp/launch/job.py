@@ -26,6 +26,7 @@ class Job:
         run_dir = RunDir(Path(self.run_dir))
         launch = run_dir.launch()
         die_with(os.getppid())  # submitit's controller; and the ranks die with this process
+        os.setsid()  # away from the terminal: its ^C would reach each rank beside the one that is passed on
         os.chdir(launch["cwd"])
         sys.path[:0] = [folder for folder in launch["sys_path"] if folder not in sys.path]
         attempt = run_dir.status().get("attempts", 0) + 1

@@ -19,7 +19,7 @@ from types import FrameType
 
 from fairexp.errors import DONE, INTERRUPTED
 
-GRACE_S = 3.0  # between SIGTERM and SIGKILL for the siblings of a rank that died
+GRACE_S = 2.0  # between SIGTERM and SIGKILL for the siblings of a rank that died
 
 
 def supervise(
@@ -29,7 +29,7 @@ def supervise(
     for a signal.
 
     `environment(k)`: variables of the k-th process; `log(k)`: the file that takes its output. When one ends with another code
-    than 0, the others are ended too: SIGTERM, and SIGKILL after three seconds. SIGINT and SIGTERM to this process are passed on.
+    than 0, the others are ended too: SIGTERM, and SIGKILL after two seconds. SIGINT and SIGTERM to this process are passed on.
     When `owner` (a process id) dies, everything dies.
     """
     signals = (signal.SIGINT, signal.SIGTERM)

@@ -159,8 +159,11 @@ def _sum_over_evaluation_set(run: Run) -> dict[str, Tensor]:
         with run.precision.autocast():
             loss, metrics = run.task(run.model, batch)
         for name, value in {"loss": loss, **metrics, "weight": torch.ones_like(loss)}.items():
-            # float64: float32 sums of a large set lose whole samples
-            sums[name] = sums.get(name, 0.0) + value.double() * part.weight
+            # float64: float32 sums of a large set lose whole samples. A metric with a value a sample is summed exactly,
+            # a mean over the batch counts by its number of samples
+            value = value.double()
+            total = value[: part.weight].sum() if value.ndim else value * part.weight
+            sums[name] = sums.get(name, 0.0) + total
     return sums
 
 

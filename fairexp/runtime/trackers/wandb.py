@@ -78,6 +78,7 @@ class Wandb:
             finish_timeout=finish_timeout_s,  # its default is to wait for ever
             finish_timeout_raises=True,
             x_transaction_log_flush_interval=1,  # s; at its default of 15 a killed process leaves an empty file
+            program="fairexp",  # else the path of the script
             x_disable_meta=True,  # argv, user, paths, packages
             x_save_requirements=False,
             disable_git=True,

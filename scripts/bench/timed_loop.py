@@ -1,0 +1,55 @@
+"""fairexp's own loop with clock marks, for `loop._target_`. `fit` itself is not touched: what it asks after each step is the mark."""
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from marks import Marks
+from torch.utils.data import DataLoader, TensorDataset
+
+from fairexp.runtime.build import Run
+from fairexp.runtime.data import Part
+from fairexp.runtime.loop import fit
+from fairexp.runtime.preempt import Stop
+
+
+def timed(run: Run, out: str, every: int, last: int, loader: str = "own") -> None:
+    """`fit`, with the times written to `out`; loader=torch gives it the batches of the DataLoader that the plain loop has."""
+    if loader == "torch":
+        digits = run.fetch_training.dataset
+        dataset = TensorDataset(digits.images, digits.labels)
+        run.fetch_training = FromLoader(DataLoader(dataset, run.trainer.global_batch_size, shuffle=True))  # type: ignore[assignment]
+    run.stop = Marked(run.stop, Marks(out, every, last))  # type: ignore[assignment]
+    fit(run)
+
+
+def recorded(run: Run, file: str) -> None:
+    """`fit`, with the first and last weights and the order of the samples written to `file`."""
+    start = {name: value.clone() for name, value in run.module.state_dict().items()}
+    epochs = -(-run.max_steps // run.training.steps_per_epoch)
+    fit(run)
+    orders = [run.training.permutation(epoch) for epoch in range(epochs)]
+    torch.save({"start": start, "orders": orders, "end": run.module.state_dict()}, file)
+
+
+class Marked:
+    """A Stop that notes the time of each question."""
+
+    def __init__(self, stop: Stop, marks: Marks) -> None:
+        self.stop, self.marks = stop, marks
+
+    def agreed(self, step: int) -> bool:
+        stopping = self.stop.agreed(step)
+        self.marks.after(step)
+        return stopping
+
+
+class FromLoader:
+    """A Fetcher that gives the next batch of a DataLoader, epoch after epoch, whatever part is asked for."""
+
+    def __init__(self, loader: DataLoader[Any]) -> None:
+        self.batches: Iterator[Any] = itertools.chain.from_iterable(itertools.repeat(loader))
+
+    def __getitem__(self, part: Part) -> Any:
+        return next(self.batches)

@@ -1,0 +1,110 @@
+"""One config gives one curve, on whatever processes it runs: the heart of the suite. Real runs of the real command line."""
+
+import math
+from pathlib import Path
+
+import pytest
+from conftest import Tiny, Trained
+
+FP32 = 1e-5  # relative: sums of the same numbers in another order
+
+# 61 images in steps of 20: every fourth step has one image, and three of four ranks have none. No clipping: the norm is
+# then taken for the log alone.
+NEARLY_EMPTY = (
+    "dataset=synthetic_images",
+    "dataset.train.num_samples=61",
+    "dataset.eval.num_samples=33",
+    "dataset.image_size=8",
+    "trainer.global_batch_size=20",
+    "trainer.grad_clip_norm=null",
+)
+# As a user writes one: nothing of fairexp in it, weights drawn by torch's own constructors, in a package of their own.
+PLAIN_MODEL = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(64, width), nn.Linear(width, width)])
+        self.scale = nn.Parameter(torch.rand(width))
+        self.register_buffer("offset", torch.rand(64))
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, images):
+        x = images.flatten(1) + self.offset
+        for layer in self.layers:
+            x = torch.relu(layer(x))
+        return self.head(x * self.scale)
+"""
+PLAIN = ("~model", "+model._target_=paper.models.Net", "+model.width=48")
+
+
+def same_curve(run: Trained, reference: Trained, relative: float = FP32) -> None:
+    """Fails with the steps where the two part."""
+    assert run.steps == reference.steps
+    assert run.losses == pytest.approx(reference.losses, rel=relative)
+    assert run.norms == pytest.approx(reference.norms, rel=10 * relative)
+    assert run.evals.keys() == reference.evals.keys() != set()
+    for step, metrics in reference.evals.items():
+        assert run.evals[step] == pytest.approx(metrics, rel=relative)
+
+
+@pytest.mark.parametrize("strategy", ["ddp2", "ddp4", "fsdp2", "fsdp4", "hybrid"])
+def test_every_strategy_gives_the_curve_of_a_single_process(tiny: Tiny, strategy: str) -> None:
+    same_curve(tiny(strategy), tiny("single"))
+
+
+@pytest.mark.parametrize("strategy", ["single", "ddp2", "fsdp2", "hybrid"])
+def test_accumulation_gives_the_curve_of_whole_batches(tiny: Tiny, strategy: str) -> None:
+    same_curve(tiny(strategy, "trainer.micro_batch_size=7"), tiny("single"))
+
+
+@pytest.mark.parametrize("strategy", ["ddp4", "fsdp4"])
+def test_ranks_without_a_sample_change_nothing(tiny: Tiny, strategy: str) -> None:
+    same_curve(tiny(strategy, *NEARLY_EMPTY), tiny("single", *NEARLY_EMPTY))
+
+
+@pytest.mark.parametrize("option", ["strategy.cpu_offload=true", "strategy.reshard_after_forward=false"])
+def test_where_fsdp_keeps_its_parameters_changes_nothing(tiny: Tiny, option: str) -> None:
+    same_curve(tiny("fsdp2", option), tiny("single"))
+
+
+def test_recomputed_activations_meet_the_same_dropout_masks(tiny: Tiny) -> None:
+    same_curve(tiny("fsdp2", "model.dropout=0.1", "strategy.activation_checkpointing=true"), tiny("fsdp2", "model.dropout=0.1"))
+
+
+def test_fsdp_in_bf16_stays_near_and_is_bf16(tiny: Tiny) -> None:
+    bf16, fp32 = tiny("fsdp2", "strategy.param_dtype=bf16"), tiny("single")
+    assert bf16.losses == pytest.approx(fp32.losses, rel=2e-2)
+    apart = [abs(bf16.losses[step] / fp32.losses[step] - 1) for step in fp32.steps]
+    assert max(apart) > 10 * FP32, "these are fp32's losses"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["single", "fsdp2"])
+def test_compiled_blocks_give_the_same_curve(tiny: Tiny, strategy: str) -> None:
+    same_curve(tiny(strategy, "trainer.compile=blocks", "model.depth=1"), tiny("single", "model.depth=1"))
+
+
+@pytest.mark.parametrize("strategy", ["ddp2", "fsdp2"])
+def test_the_averaged_weights_evaluate_alike(tiny: Tiny, strategy: str) -> None:
+    averaged = tiny("single", "trainer.ema_decay=0.9")
+    same_curve(tiny(strategy, "trainer.ema_decay=0.9"), averaged)
+    assert averaged.losses == tiny("single").losses, "averaging changed the training"
+    assert not math.isclose(averaged.evals[20]["eval/loss"], tiny("single").evals[20]["eval/loss"], rel_tol=1e-3)
+
+
+@pytest.fixture(scope="session")
+def paper(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A paper's repository with a model that knows nothing of fairexp."""
+    folder = tmp_path_factory.mktemp("paper")
+    (folder / "paper").mkdir()
+    (folder / "paper/__init__.py").touch()
+    (folder / "paper/models.py").write_text(PLAIN_MODEL)
+    return folder
+
+
+@pytest.mark.parametrize("strategy", ["ddp2", "fsdp2", "hybrid"])
+def test_a_plain_module_starts_and_trains_alike(tiny: Tiny, paper: Path, strategy: str) -> None:
+    same_curve(tiny(strategy, *PLAIN, cwd=paper), tiny("single", *PLAIN, cwd=paper))
