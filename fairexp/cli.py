@@ -1,4 +1,4 @@
-"""The command line: the verb comes off argv, the rest is Hydra's grammar. Nothing heavy is imported before it is needed."""
+"""The command line: the verb comes off argv, the rest is Hydra's grammar. What is heavy is imported where it's used."""
 
 from __future__ import annotations
 
@@ -76,8 +76,10 @@ def help_text() -> str:
     return HELP.format(groups="\n".join(lines))
 
 
-def take_flags(arguments: Sequence[str], values: Sequence[str], switches: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
-    """The known flags and the rest. A flag of `values` takes a value, as `--flag x` or `--flag=x`, perhaps repeatedly."""
+def take_flags(
+    arguments: Sequence[str], values: Sequence[str], switches: Sequence[str]
+) -> tuple[dict[str, list[str]], list[str]]:
+    """The known flags and the rest. A flag of `values` takes a value, `--flag x` or `--flag=x`, perhaps repeatedly."""
     found: dict[str, list[str]] = {}
     rest: list[str] = []
     queue = list(arguments)
@@ -129,7 +131,10 @@ def hydra_answers(arguments: Sequence[str]) -> int:
     ours = ("--fresh", "--json")
     words = [re.sub(r"^\+(experiment|debug)=", r"\1=", word) for word in arguments if word not in ours]
     sys.argv = ["fairexp train", *words]
-    hydra.main(version_base="1.3", config_path=str(OUR_CONFIGS), config_name="train")(lambda config: None)()
+    try:
+        hydra.main(version_base="1.3", config_path=str(OUR_CONFIGS), config_name="train")(lambda config: None)()
+    except SystemExit as error:
+        return WRONG if error.code else 0
     return 0
 
 
@@ -149,6 +154,10 @@ def config(arguments: Sequence[str]) -> int:
 def list_runs(arguments: Sequence[str]) -> int:
     """Prints a table of the runs."""
     flags, rest = take_flags(arguments, (), ("--json",))
+    if len(rest) > 1:
+        raise UserError(f"list: takes one folder of runs, got {' '.join(rest)}")
+    if rest and not Path(rest[0]).is_dir():
+        raise UserError(f"list: no such folder: {rest[0]}")
     from fairexp.runs.table import show_table
 
     return show_table(Path(rest[0]) if rest else Path("runs"), as_json="--json" in flags)

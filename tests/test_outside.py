@@ -57,13 +57,24 @@ def repository(tmp_path: Path) -> Path:
     return root
 
 
-def fairexp(repository: Path, *words: str, program: "tuple[str, ...]" = (sys.executable, "-m", "fairexp")) -> "subprocess.CompletedProcess[str]":
+def fairexp(
+    repository: Path, *words: str, program: "tuple[str, ...]" = (sys.executable, "-m", "fairexp")
+) -> "subprocess.CompletedProcess[str]":
     environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
-    return subprocess.run([*program, *words], cwd=repository, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [*program, *words], cwd=repository, env=environment, capture_output=True, text=True, timeout=120
+    )
 
 
 def test_a_papers_experiment_runs_under_fsdp_on_two_ranks(repository: Path) -> None:
-    words = ["--config-dir", "configs", "experiment=table1", "strategy=fsdp", "launcher.num_processes=2", "tracker=none"]
+    words = [
+        "--config-dir",
+        "configs",
+        "experiment=table1",
+        "strategy=fsdp",
+        "launcher.num_processes=2",
+        "tracker=none",
+    ]
     done = fairexp(repository, "train", *words, "trainer.device=cpu", "--json")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
@@ -88,7 +99,15 @@ def test_the_console_script_finds_the_papers_package_too(repository: Path) -> No
     script = Path(sys.executable).with_name("fairexp")
     if not script.exists():
         pytest.skip("fairexp is not installed in this environment: there is no console script")
-    words = ["train", "--config-dir", "configs", "experiment=table1", "tracker=none", "trainer.device=cpu", "trainer.max_steps=2"]
+    words = [
+        "train",
+        "--config-dir",
+        "configs",
+        "experiment=table1",
+        "tracker=none",
+        "trainer.device=cpu",
+        "trainer.max_steps=2",
+    ]
     done = fairexp(repository, *words, "launcher=inline", program=(str(script),))
     assert done.returncode == 0, done.stderr
 
@@ -96,7 +115,9 @@ def test_the_console_script_finds_the_papers_package_too(repository: Path) -> No
 def test_an_import_error_in_the_papers_module_is_shown_as_itself(repository: Path) -> None:
     with open(repository / "ourpaper" / "nets.py", "a") as file:
         file.write("\nimport a_package_that_is_not_there\n")
-    done = fairexp(repository, "train", "--config-dir", "configs", "experiment=table1", "tracker=none", "trainer.device=cpu")
+    done = fairexp(
+        repository, "train", "--config-dir", "configs", "experiment=table1", "tracker=none", "trainer.device=cpu"
+    )
     assert done.returncode == 1
     assert "No module named 'a_package_that_is_not_there'" in done.stderr
     assert "nets.py" in done.stderr

@@ -16,7 +16,13 @@ from pathlib import Path
 import pytest
 
 TWO_RANKS = ["strategy=ddp", "launcher.num_processes=2", "trainer.device=cpu", "model=mlp", "tracker=none"]
-FOREVER = [*TWO_RANKS, "trainer.max_steps=10000000", "trainer.log_every=20", "trainer.eval_every=null", "checkpoint.every=null"]
+FOREVER = [
+    *TWO_RANKS,
+    "trainer.max_steps=10000000",
+    "trainer.log_every=20",
+    "trainer.eval_every=null",
+    "checkpoint.every=null",
+]
 
 
 class Command:
@@ -223,11 +229,15 @@ class Breaks(nn.Linear):
 """
     )
     (tmp_path / "configs" / "model").mkdir(parents=True)
-    (tmp_path / "configs" / "model" / "breaks.yaml").write_text("_target_: mine.Breaks\nin_features: 64\nout_features: 10\n")
+    (tmp_path / "configs" / "model" / "breaks.yaml").write_text(
+        "_target_: mine.Breaks\nin_features: 64\nout_features: 10\n"
+    )
     command = start("--config-dir", "configs", *FOREVER, "model=breaks")
     assert command.wait() == 1
     lines = command.seen.splitlines()
-    assert sum("ValueError: a wrong turn in the tenth step" in line for line in lines) == 2, command.seen  # trace and verdict
+    assert sum("ValueError: a wrong turn in the tenth step" in line for line in lines) == 2, (
+        command.seen
+    )  # trace and verdict
     assert command.seen.count("Traceback") == 1
     assert f"error    rank {rank}: ValueError: a wrong turn in the tenth step" in command.seen
     assert "ChildFailedError" not in command.seen
@@ -241,7 +251,11 @@ def test_kill_9_leaves_no_orphan(start: Callable[..., Command], who: str) -> Non
     command.trains()
     status = command.status()
     assert len(command.alive()) == 5  # command, submitit's controller, job, two ranks
-    pid = {"the command": command.process.pid, "the job": status["pid"], "submitit's controller": int(status["job_id"])}[who]
+    pid = {
+        "the command": command.process.pid,
+        "the job": status["pid"],
+        "submitit's controller": int(status["job_id"]),
+    }[who]
     os.kill(pid, signal.SIGKILL)
     command.until(lambda: not set(command.alive()) - {command.process.pid}, 5)
     if who != "the command":
@@ -264,8 +278,16 @@ def test_a_second_ctrl_c_kills_at_once(start: Callable[..., Command]) -> None:
     command.until(lambda: not command.alive(), 5)
 
 
-def test_the_same_command_is_refused_while_the_run_goes_on_and_resumes_afterwards(start: Callable[..., Command]) -> None:
-    words = [*TWO_RANKS, "trainer.max_steps=4000", "trainer.log_every=20", "trainer.eval_every=null", "checkpoint.every=null"]
+def test_the_same_command_is_refused_while_the_run_goes_on_and_resumes_afterwards(
+    start: Callable[..., Command],
+) -> None:
+    words = [
+        *TWO_RANKS,
+        "trainer.max_steps=2000",
+        "trainer.log_every=20",
+        "trainer.eval_every=null",
+        "checkpoint.every=null",
+    ]
     first = start(*words)
     first.trains()
     second = start(*words)
@@ -286,7 +308,7 @@ def test_the_same_command_is_refused_while_the_run_goes_on_and_resumes_afterward
 
 
 def test_two_people_who_start_the_same_run_get_one(start: Callable[..., Command]) -> None:
-    words = [*TWO_RANKS, "trainer.max_steps=3000", "trainer.eval_every=null", "checkpoint.every=null"]
+    words = [*TWO_RANKS, "trainer.max_steps=1000", "trainer.eval_every=null", "checkpoint.every=null"]
     commands = [start(*words), start(*words)]
     codes = sorted(command.wait() for command in commands)
     assert codes == [0, 2], [command.seen for command in commands]

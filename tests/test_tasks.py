@@ -9,7 +9,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from fairexp.tasks.classification import Classification, topk_accuracies
+from fairexp.tasks.classification import Classification, topk_hits
 
 torch.set_num_threads(1)
 
@@ -25,13 +25,13 @@ class Given(nn.Module):
         return logits
 
 
-def test_evaluation_gives_the_mean_loss_and_topk_as_means() -> None:
+def test_evaluation_gives_the_mean_loss_and_each_samples_loss_and_hits() -> None:
     loss, metrics = Classification(topk=(1, 2))(Given().eval(), (PROBABILITIES.log(), LABELS))
-    assert loss.item() == pytest.approx(-(math.log(0.5) + math.log(0.3) + math.log(0.1)) / 3)
-    assert {name: value.item() for name, value in metrics.items()} == pytest.approx({"top1": 1 / 3, "top2": 2 / 3})
-    for value in (loss, *metrics.values()):
-        assert value.shape == ()
-        assert value.dtype == torch.float32
+    losses = [-math.log(0.5), -math.log(0.3), -math.log(0.1)]
+    assert loss.item() == pytest.approx(sum(losses) / 3)
+    assert metrics.pop("loss").tolist() == pytest.approx(losses)
+    assert {name: value.tolist() for name, value in metrics.items()} == {"top1": [1, 0, 0], "top2": [1, 1, 0]}
+    assert {value.dtype for value in (loss, *metrics.values())} == {torch.float32}
 
 
 def test_training_gives_the_loss_alone() -> None:
@@ -50,8 +50,8 @@ def test_labels_are_smoothed_in_training_only() -> None:
 
 
 def test_a_k_that_is_not_below_the_number_of_classes_is_left_out() -> None:
-    assert topk_accuracies(PROBABILITIES, LABELS, [1, 3, 5]).keys() == {"top1"}
-    assert topk_accuracies(PROBABILITIES, LABELS, [5]) == {}
+    assert topk_hits(PROBABILITIES, LABELS, [1, 3, 5]).keys() == {"top1"}
+    assert topk_hits(PROBABILITIES, LABELS, [5]) == {}
 
 
 def test_bfloat16_logits_give_a_float32_loss() -> None:

@@ -40,7 +40,9 @@ def run(installed: Path, *words: str, cwd: Path) -> "subprocess.CompletedProcess
 
 def test_every_shipped_yaml_is_in_the_wheel(installed: Path) -> None:
     (site,) = installed.parent.glob("lib/python*/site-packages")
-    shipped = {path.relative_to(site / "fairexp" / "configs") for path in (site / "fairexp" / "configs").rglob("*.yaml")}
+    shipped = {
+        path.relative_to(site / "fairexp" / "configs") for path in (site / "fairexp" / "configs").rglob("*.yaml")
+    }
     assert shipped == {path.relative_to(CHECKOUT / "configs") for path in (CHECKOUT / "configs").rglob("*.yaml")}
 
 
@@ -62,6 +64,9 @@ def test_the_installed_program_trains_on_its_own_data(installed: Path, tmp_path:
     words = ["train", "model=mlp", "trainer.max_steps=3", "trainer.device=cpu", "tracker=none", "launcher=inline"]
     done = run(installed, "fairexp", *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert str(installed.parent) in run(installed, "python", "-c", "import fairexp; print(fairexp.__file__)", cwd=tmp_path).stdout
+    assert (
+        str(installed.parent)
+        in run(installed, "python", "-c", "import fairexp; print(fairexp.__file__)", cwd=tmp_path).stdout
+    )
     (run_dir,) = (tmp_path / "runs").iterdir()
     assert (run_dir / "summary.json").is_file()

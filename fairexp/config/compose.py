@@ -1,4 +1,5 @@
-"""From overrides and config folders to one resolved config of plain values. Hydra composes; this adds answers where it fails."""
+"""From overrides and config folders to one resolved config of plain values. Hydra composes; config.diagnose has the
+answers where it fails."""
 
 from __future__ import annotations
 
@@ -37,13 +38,17 @@ class Composed:
     config_name: str
 
     def where(self, key: str) -> str:
-        """`FILE:LINE`, or `command line`, for a dotted key or the nearest key above or below it that stands somewhere."""
+        """`FILE:LINE`, or `command line`, of a dotted key, or of the nearest key below or above it that has a place."""
         while key:
-            if source := next((self.sources[other] for other in self.sources if f"{other}.".startswith(f"{key}.")), ""):
+            if source := next((self.sources[at] for at in self.sources if f"{at}.".startswith(f"{key}.")), ""):
                 file, colon, line = source.rpartition(":")
                 return diagnose.place(file, int(line)) if colon else source
             key = key.rpartition(".")[0]
         return self.config_name
+
+    def at(self, key: str) -> str:
+        """A message's beginning: the key and where it stands."""
+        return f"{key} ({self.where(key)})"
 
     @cached_property
     def sources(self) -> Mapping[str, str]:
@@ -107,17 +112,18 @@ def parse(overrides: Sequence[str]) -> list[Override]:
 def unresolved(node: Any, composed: Composed, prefix: str = "") -> Iterator[str]:
     """Each value that is `???` or an interpolation that leads nowhere."""
     for key in node if isinstance(node, DictConfig) else range(len(node)):
-        dotted = f"{prefix}{key}"
+        dotted = prefix + str(key)
         try:
             value = node[key]
         except MissingMandatoryValue:
-            yield f"{dotted} ({composed.where(dotted)}): ??? must be given: add {dotted}=..."
+            yield f"{composed.at(dotted)}: ??? must be given: add {dotted}=..."
         except InterpolationToMissingValueError:
             continue  # the ??? that it leads to has its own line
         except OmegaConfBaseException as error:
             text = diagnose.one_line(error)
-            close = nearest(missing[1], composed.sources) if (missing := re.search(r"key '(.+)' not found", text)) else ""
-            yield f"{dotted} ({composed.where(dotted)}): {node._get_node(key)._value()} leads nowhere: {text}{close}"
+            lost = re.search(r"key '(.+)' not found", text)
+            close = nearest(lost[1], composed.sources) if lost else ""
+            yield f"{composed.at(dotted)}: {node._get_node(key)._value()} leads nowhere: {text}{close}"
         else:
             if isinstance(value, DictConfig | ListConfig):
                 yield from unresolved(value, composed, f"{dotted}.")

@@ -1,4 +1,4 @@
-"""Why Hydra can't read or compose the user's overrides and files, one line a problem. Hydra itself stops at its first problem
+"""Why Hydra can't read or compose the user's overrides and files, one line a problem. Hydra itself stops at the first
 and says it in many lines; config.compose calls this then."""
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def grammar(text: str, error: Exception) -> str:
     for quote in "'\"":
         if value.count(quote) % 2:
             return f"{text}: a {quote} is not closed"
-    return f"{text}: {one_line(error)}; quote a value that has other characters than letters, digits and _-+.:/: \"{sign}{key}='...'\""
+    return f"{text}: {one_line(error)}; quote what has more than letters, digits and _-+.:/ as \"{sign}{key}='...'\""
 
 
 # --- overrides and files that don't fit together ---
@@ -70,10 +70,11 @@ def grammar(text: str, error: Exception) -> str:
 
 def diagnose(parsed: Sequence[Override], folders: Sequence[Path], config_name: str, error: Exception) -> list[str]:
     """Every override and every entry of a defaults list that can't be; at least one line."""
-    paths = [path for override in parsed if override.key_or_group == "hydra.searchpath" for path in override.value()]
-    folders = [*folders, *(Path(str(path).removeprefix("file://")) for path in paths)]
+    for override in parsed:
+        if override.key_or_group == "hydra.searchpath" and isinstance(paths := override.value(), list):
+            folders = [*folders, *(Path(str(path).removeprefix("file://")) for path in paths)]
     known = groups(folders)
-    if not _file(config_name, folders):
+    if not find_file(config_name, folders):
         names = {file.stem for folder in folders for file in folder.glob("*.yaml")}
         return [f"--config-name {config_name}: no such config{nearest(config_name, names)}"]
     problems = []
@@ -83,7 +84,7 @@ def diagnose(parsed: Sequence[Override], folders: Sequence[Path], config_name: s
         group, option = override.key_or_group.partition("@")[0], override.value()
         if group not in known:
             values.append(override)
-        elif override.is_delete() or isinstance(option, list) or (isinstance(option, str) and _file(f"{group}/{option}", folders)):
+        elif override.is_delete() or isinstance(option, list) or find_file(f"{group}/{option}", folders):
             good[group] = override
         else:
             problems.append(f"{override.input_line}: no such option of {group}{nearest(str(option), known[group])}")
@@ -112,11 +113,13 @@ def _missing_key(override: Override, tree: DictConfig, known: dict[str, list[str
         elif isinstance(node, DictConfig):
             options = {*map(str, node), *(known if not walked else ())}
             # what has a schema takes no more keys; a section that is a call may, if its signature does
-            add = f"; +{override.input_line} adds it" if walked and walked[0] not in SECTIONS and not override.is_delete() else ""
+            may_take = walked and walked[0] not in SECTIONS and not override.is_delete()
+            add = f"; +{override.input_line} adds it" if may_take else ""
             yield f"{override.input_line}: {above or 'the config'} has no '{part}'{nearest(part, options)}{add}"
             return
         else:
-            yield f"{override.input_line}: {above} is {'a list' if isinstance(node, ListConfig) else 'a value'} and has no '{part}'"
+            kind = f"a list of {len(node)}" if isinstance(node, ListConfig) else "a value"
+            yield f"{override.input_line}: {above} is {kind} and has no '{part}'"
             return
         walked.append(part)
 
@@ -143,15 +146,19 @@ class Entry:
 def _defaults_problems(
     config_name: str, chosen: dict[str, Override], folders: Sequence[Path], known: dict[str, list[str]]
 ) -> Iterator[str]:
-    """What can't be in the defaults lists of the files that make the config. The command line's choices win over them."""
-    files = [config_name, *(f"{group}/{override.value()}" for group, override in chosen.items() if not override.is_delete())]
+    """What can't be in the defaults lists of the files that make the config; the command line's choices win."""
+    files = [config_name]
+    for group, override in chosen.items():
+        options = override.value()
+        files += [f"{group}/{option}" for option in (options if isinstance(options, list) else [options])]
     entries: list[Entry] = []
     for name in files:  # grows
-        file = _file(name, folders)
+        file = find_file(name, folders)
         try:
             found = list(_entries(file, name.rpartition("/")[0])) if file else []
         except UnicodeDecodeError as error:
-            yield f"{place(file or name, 1 + error.object.count(b'\n', 0, error.start))}: is not UTF-8"
+            newlines = error.object.count(b"\n", 0, error.start)
+            yield f"{place(file or name, newlines + 1)}: is not UTF-8"
             continue
         except yaml.YAMLError as error:
             yield one_line(error)
@@ -163,11 +170,12 @@ def _defaults_problems(
         group, option = entry.full_group, entry.option
         if not option or option.startswith(("$", "???")) or "optional" in entry.words:
             continue
-        if not _file(f"{group}/{option}".strip("/"), folders):
+        if not find_file(f"{group}/{option}".strip("/"), folders):
             if group in known or not entry.group:
                 yield f"{entry.where}: no such option of {group}: {option}{nearest(option, known.get(group, []))}"
             else:
-                close = f"; write '{' '.join((*entry.words, '/' + entry.group))}'" if entry.group in known else nearest(group, known)
+                absolute = " ".join((*entry.words, f"/{entry.group}"))
+                close = f"; write '{absolute}'" if entry.group in known else nearest(group, known)
                 yield f"{entry.where}: no such group: {group}{close}"
         elif "override" in entry.words and group not in taken:
             yield f"{entry.where}: nothing chooses {group} that this could override; write '/{group}'"
@@ -189,7 +197,7 @@ def _entries(file: Path, above: str) -> Iterator[Entry]:
             yield Entry(where, above, tuple(words), group.partition("@")[0], option)
 
 
-def _file(name: str, folders: Sequence[Path]) -> Path | None:
+def find_file(name: str, folders: Sequence[Path]) -> Path | None:
     """The file of a config's name: the first folder that has it wins, as in Hydra."""
     files = (folder / f"{name.removesuffix('.yaml')}.yaml" for folder in folders)
     return next((file for file in files if file.is_file()), None)

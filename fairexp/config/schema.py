@@ -1,5 +1,5 @@
-"""The sections that fairexp itself reads, with their types and bounds. config.validate checks a config against them before
-anything starts; the runtime reads its settings through them."""
+"""The sections that fairexp itself reads, with their types and bounds. config.validate checks a config against them
+before anything starts; the runtime reads its settings through them."""
 
 from __future__ import annotations
 
@@ -102,7 +102,9 @@ def allowed(annotation: Any) -> str:
 
 def shown(value: Any) -> str:
     """A value as a person would write it in YAML."""
-    return {None: "null", True: "true", False: "false"}.get(value, repr(value)) if isinstance(value, bool | None) else repr(value)
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else repr(value)
 
 
 def fits(value: Any, annotation: Any) -> bool:
@@ -124,7 +126,7 @@ def fits(value: Any, annotation: Any) -> bool:
     return isinstance(value, annotation)
 
 
-def annotations(section: type) -> dict[str, Any]:
+def settings(section: type) -> dict[str, Any]:
     """Each field's name and annotation, in order."""
     hints = get_type_hints(section, include_extras=True)
     return {field.name: hints[field.name] for field in fields(section)}

@@ -22,7 +22,8 @@ def show(overrides: Sequence[str], config_dirs: Sequence[Path], config_name: str
     rows = list(lines(composed, composed.config))
     width = min(max(len(text) for text, _ in rows), 60)
     print("\n".join(f"{text:<{width}}  # {where}" if where else text for text, where in rows))
-    print(f"# id {run_id(composed.config)}, run folder {composed.config['runs_dir']}/{composed.config['name']}-{run_id(composed.config)}")
+    config, identity = composed.config, run_id(composed.config)
+    print(f"# id {identity}, run folder {config['runs_dir']}/{config['name']}-{identity}")
     return 0
 
 
@@ -33,5 +34,5 @@ def lines(composed: Composed, node: Mapping[str, Any], prefix: str = "", indent:
             yield f"{indent}{key}:", ""
             yield from lines(composed, value, f"{prefix}{key}.", indent + "  ")
         else:
-            text = yaml.safe_dump(value, default_flow_style=True, width=1000, allow_unicode=True).strip().removesuffix("\n...").strip()
-            yield f"{indent}{key}: {text}", composed.where(f"{prefix}{key}")
+            text = yaml.safe_dump(value, default_flow_style=True, width=1000, allow_unicode=True)
+            yield f"{indent}{key}: {text.strip().removesuffix('...').strip()}", composed.where(f"{prefix}{key}")

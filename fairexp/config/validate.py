@@ -1,5 +1,5 @@
-"""Every problem of a composed config at once, each in one line: what, where, what is allowed, the nearest match. Nothing is
-imported that the config names, and nothing is changed."""
+"""Every problem of a composed config at once, each in one line: what, where, what is allowed, the nearest match.
+Nothing is imported that the config names, and nothing is changed."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from fairexp.config import schema, targets
-from fairexp.config.compose import Composed
+from fairexp.config.compose import PRESETS, Composed
+from fairexp.config.diagnose import find_file, place
+from fairexp.config.groups import groups
 from fairexp.config.nearest import nearest
+from fairexp.config.schema import Section
 from fairexp.config.trust import is_trusted, refusal
 
 # What the runtime adds to the arguments that stand in the config.
@@ -21,17 +24,20 @@ GIVEN_LATER: dict[str, tuple[str, ...]] = {
 }
 TARGETS = ("model", "task", "optimizer", "schedule", "strategy", "tracker", "loop")  # sections that are one object
 COUNTS = ("depth", "width", "num_heads", "hidden")  # with every *_size and num_*: at least one
-NOT_NEGATIVE = ("lr", "weight_decay", "momentum", "eps", "dropout", "label_smoothing")
+RATES = {
+    **dict.fromkeys(("lr", "weight_decay", "momentum", "eps"), schema.Bound(0)),
+    **dict.fromkeys(("dropout", "label_smoothing"), schema.Bound(0, 1)),
+}
 
 
 def problems(composed: Composed, gpus: int, trusted: Collection[str], working_dir: Path) -> list[str]:
     """Why the config can't run; [] if it can. `gpus`: how many this machine shows."""
-    config = composed.config
     return [
         *sections(composed),
-        *numbers(composed, config),
+        *numbers(composed, composed.config),
         *called(composed, trusted, working_dir),
-        *(batches(composed, gpus) if not list(sections(composed)) else []),
+        *lengths(composed),
+        *batches(composed, gpus),
         *folders(composed),
     ]
 
@@ -39,55 +45,69 @@ def problems(composed: Composed, gpus: int, trusted: Collection[str], working_di
 def sections(composed: Composed) -> Iterator[str]:
     """Unknown keys, missing keys, wrong types and values out of bounds in what fairexp itself reads."""
     config = composed.config
-    known = {*schema.SECTIONS, *schema.annotations(schema.Scalars), *TARGETS, "dataset"}
-    for key in config.keys() - known:
-        yield f"{key} ({composed.where(key)}): no such section{nearest(key, known)}"
-    for key in sorted(known - config.keys()):
-        yield f"{key}: missing; choose one with {key}=..., or start from configs/train.yaml"
-    yield from _section(composed, schema.Scalars, {key: config[key] for key in schema.annotations(schema.Scalars) if key in config}, "")
+    scalars = schema.settings(schema.Scalars)
+    choices = (*schema.SECTIONS, *TARGETS, "dataset")
+    known = {*choices, *scalars}
+    for key in config:
+        if key in PRESETS:
+            file = find_file(f"{key}/{composed.choices.get(key)}", composed.config_dirs)
+            needs = "the file must begin with '# @package _global_' and hold 'key: value' lines"
+            yield f"{key} ({place(file, 1) if file else composed.where(key)}): sets nothing of the run; {needs}"
+        elif key not in known:
+            yield f"{composed.at(key)}: no such section{nearest(key, known)}"
+    for key in (key for key in choices if key not in config):
+        yield f"{key}: missing{nearest('', groups(composed.config_dirs).get(key, []))}"
+    yield from _section(composed, schema.Scalars, {key: config[key] for key in scalars if key in config}, "")
     for name, section in schema.SECTIONS.items():
-        if name in config:
-            if isinstance(config[name], Mapping):
-                yield from _section(composed, section, config[name], f"{name}.")
-            else:
-                yield f"{name} ({composed.where(name)}): is {config[name]!r}, not a section"
-    for name in (*TARGETS, "dataset"):
-        if name in config and not isinstance(config[name], Mapping):
-            yield f"{name} ({composed.where(name)}): is {config[name]!r}, not a section"
-        elif name in TARGETS and name in config and "_target_" not in config[name]:
-            yield f"{name} ({composed.where(name)}): has no _target_"
-    name = config.get("name")
-    if isinstance(name, str) and (not name or name.startswith(".") or any(c in name for c in "/\\\0\n")):
-        yield f"name ({composed.where('name')}): {name!r} can't be part of a folder's name"
+        if isinstance(config.get(name), Mapping):
+            yield from _section(composed, section, config[name], f"{name}.")
+    for name in (name for name in choices if name in config and not isinstance(config[name], Mapping)):
+        yield f"{composed.at(name)}: takes a section, got {schema.shown(config[name])}"
+    objects: dict[str, Any] = {name: config[name] for name in TARGETS if name in config}
+    if isinstance(config.get("dataset"), Mapping):
+        for part in ("train", "eval", "augment"):
+            objects[f"dataset.{part}"] = value = config["dataset"].get(part)
+            if part != "augment" and part not in config["dataset"]:
+                yield f"dataset.{part}: missing; takes a section with a _target_"
+            elif not isinstance(value, Mapping) and (value is not None or part != "augment"):
+                yield f"{composed.at(f'dataset.{part}')}: takes a section with a _target_, got {schema.shown(value)}"
+    for key, value in objects.items():
+        if isinstance(value, Mapping) and "_target_" not in value:
+            yield f"{composed.at(key)}: has no _target_"
+    run_name = config.get("name")
+    if isinstance(run_name, str) and (not run_name or run_name[0] == "." or set(run_name) & set("/\\\0\n")):
+        yield f"{composed.at('name')}: {run_name!r} can't be part of a folder's name"
 
 
 def _section(composed: Composed, section: type, values: Mapping[str, Any], prefix: str) -> Iterator[str]:
-    annotations = schema.annotations(section)
+    settings = schema.settings(section)
     for key in values:
-        if key not in annotations:
-            yield f"{prefix}{key} ({composed.where(prefix + key)}): no such setting{nearest(key, annotations)}"
-    for key, annotation in annotations.items():
+        if key not in settings:
+            yield f"{composed.at(prefix + key)}: no such setting{nearest(key, settings)}"
+    for key, annotation in settings.items():
+        takes = f"takes {schema.allowed(annotation)}"
         if key not in values:
-            yield f"{prefix}{key}: missing"
+            yield f"{prefix}{key}: missing; {takes}"
         elif not schema.fits(values[key], annotation):
-            yield f"{prefix}{key} ({composed.where(prefix + key)}): {values[key]!r} is not {schema.allowed(annotation)}"
+            yield f"{composed.at(prefix + key)}: {takes}, got {schema.shown(values[key])}"
 
 
 def numbers(composed: Composed, node: Any, prefix: str = "") -> Iterator[str]:
     """NaN and infinities anywhere, and the sizes and rates that can't be negative."""
-    items = node.items() if isinstance(node, Mapping) else enumerate(node)
-    for key, value in items:
+    for key, value in node.items() if isinstance(node, Mapping) else enumerate(node):
         dotted = f"{prefix}{key}"
         if isinstance(value, Mapping | list):
             yield from numbers(composed, value, f"{dotted}.")
-        elif isinstance(value, float) and not math.isfinite(value):
-            yield f"{dotted} ({composed.where(dotted)}): {value} is not a finite number"
-        elif isinstance(value, int | float) and not isinstance(value, bool) and dotted.partition(".")[0] not in schema.SECTIONS:
+        elif not isinstance(value, int | float) or isinstance(value, bool):
+            continue
+        elif not math.isfinite(value):
+            yield f"{composed.at(dotted)}: takes a finite number, got {value}"
+        elif dotted.partition(".")[0] not in schema.SECTIONS:
             name = str(key) if isinstance(node, Mapping) else prefix.rstrip(".").rpartition(".")[2]
-            if (name in COUNTS or name.endswith("_size") or name.startswith("num_")) and value < 1:
-                yield f"{dotted} ({composed.where(dotted)}): {value} is not >= 1"
-            elif name in NOT_NEGATIVE and value < 0:
-                yield f"{dotted} ({composed.where(dotted)}): {value} is not >= 0"
+            is_count = name in COUNTS or name.endswith("_size") or name.startswith("num_")
+            bound = schema.Bound(1) if is_count else RATES.get(name)
+            if bound and not bound.holds(value):
+                yield f"{composed.at(dotted)}: takes a number {bound}, got {value}"
 
 
 def called(composed: Composed, trusted: Collection[str], working_dir: Path) -> Iterator[str]:
@@ -95,10 +115,12 @@ def called(composed: Composed, trusted: Collection[str], working_dir: Path) -> I
     for dotted, node in nodes(composed.config):
         for argument, problem in _call(dotted, node, trusted, working_dir):
             key = f"{dotted}.{argument}" if argument in node else f"{dotted}._target_"
-            yield f"{key} ({composed.where(key)}): {problem}"
+            yield f"{composed.at(key)}: {problem}"
 
 
-def _call(dotted: str, node: Mapping[str, Any], trusted: Collection[str], working_dir: Path) -> Iterator[tuple[str, str]]:
+def _call(
+    dotted: str, node: Mapping[str, Any], trusted: Collection[str], working_dir: Path
+) -> Iterator[tuple[str, str]]:
     """The problems of one call, each with the argument that it stands at."""
     target = node["_target_"]
     if not isinstance(target, str):
@@ -115,7 +137,11 @@ def _call(dotted: str, node: Mapping[str, Any], trusted: Collection[str], workin
     later = GIVEN_LATER.get(dotted, ())
     if node.get("_partial_"):
         later = (*later, *signature.parameters)  # the receiver gives the rest
-    for problem in targets.check_arguments(signature, node, later):
+    found = targets.check_arguments(signature, node, later)
+    if isinstance(node.get("lr"), str) and not any("'lr'" in problem for problem in found):
+        # torch says `float | Tensor`, and what a Tensor may be made of is not read
+        found.append(f"{signature.name}: 'lr' takes a number, got {node['lr']!r}")
+    for problem in found:
         yield next((key for key in node if f"'{key}'" in problem), "_target_"), problem
 
 
@@ -128,40 +154,74 @@ def nodes(node: Any, prefix: str = "") -> Iterator[tuple[str, Mapping[str, Any]]
         yield from nodes(value, f"{prefix}{key}.")
 
 
+def lengths(composed: Composed) -> Iterator[str]:
+    """A run without an end, and a schedule that is longer than the run."""
+    trainer = _readable(composed, "trainer", schema.Trainer)
+    given = composed.config.get("trainer")
+    if isinstance(given, Mapping) and all(given.get(key, 0) is None for key in ("max_steps", "max_epochs")):
+        yield f"{composed.at('trainer.max_steps')}: null, and trainer.max_epochs too; give one of them"
+    schedule = composed.config.get("schedule")
+    if not isinstance(schedule, Mapping) or not str(schedule.get("_target_")).startswith("fairexp.optim.schedules."):
+        return
+    steps = 0
+    for key in ("warmup", "decay"):
+        value = schedule.get(key)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue  # the signature refuses it
+        where = composed.at(f"schedule.{key}")
+        if value < 0 or (isinstance(value, float) and value >= 1):
+            yield f"{where}: takes steps (int >= 0) or a fraction of the run (float >= 0 and < 1), got {value}"
+        elif trainer.max_steps:
+            steps += round(value * trainer.max_steps) if isinstance(value, float) else value
+            if steps > trainer.max_steps:
+                yield f"{where}: {value} makes {steps} steps, but trainer.max_steps is {trainer.max_steps}"
+
+
 def batches(composed: Composed, gpus: int) -> Iterator[str]:
     """Batch sizes against processes, processes against strategy and devices."""
-    config = composed.config
-    trainer, launcher = (schema.read(schema.SECTIONS[name], config[name]) for name in ("trainer", "launcher"))
-    if trainer.max_steps is None and trainer.max_epochs is None:
-        yield "trainer.max_steps and trainer.max_epochs are both null: give one"
-    if launcher.nodes > 1:
-        yield f"launcher.nodes ({composed.where('launcher.nodes')}): {launcher.nodes} nodes, but launcher={launcher.kind} has one"
+    trainer = _readable(composed, "trainer", schema.Trainer)
+    launcher = _readable(composed, "launcher", schema.Launcher)
+    if (launcher.nodes or 1) > 1:
+        yield f"{composed.at('launcher.nodes')}: {launcher.nodes}, but launcher={launcher.kind} has one node"
         return
     processes = launcher.num_processes or (max(gpus, 1) if trainer.device != "cpu" else 1)
+    ranks = f"{composed.at('launcher.num_processes')}: {processes}"
     if launcher.kind == "inline" and processes != 1:
-        yield f"launcher.num_processes: {processes}, but launcher=inline is this one process; use launcher=local"
-    strategy = config["strategy"].get("_target_", "") if isinstance(config["strategy"], Mapping) else ""
-    if strategy == "fairexp.runtime.strategies.single.Single" and processes > 1:
-        yield f"{processes} processes with strategy=single; add strategy=ddp or strategy=fsdp"
+        yield f"{ranks}, but launcher=inline is this one process; use launcher=local"
+    strategy = composed.config.get("strategy")
+    strategy = strategy if isinstance(strategy, Mapping) else {}
+    if strategy.get("_target_") == "fairexp.runtime.strategies.single.Single" and processes > 1:
+        yield f"{ranks} processes with strategy=single; add strategy=ddp or strategy=fsdp"
     if trainer.device == "cuda" and gpus == 0:
-        yield "trainer.device=cuda, but this machine shows no GPU"
+        yield f"{composed.at('trainer.device')}: cuda, but this machine shows no GPU; use auto or cpu"
     elif trainer.device != "cpu" and 0 < gpus < processes:
-        yield f"launcher.num_processes: {processes}, but this machine shows {gpus} GPU{'s' if gpus > 1 else ''}; or add trainer.device=cpu"
-    size = config["strategy"].get("shard_size") if isinstance(config["strategy"], Mapping) else None
+        yield f"{ranks}, but this machine shows {gpus} GPU{'s' if gpus > 1 else ''}; or add trainer.device=cpu"
+    size = strategy.get("shard_size")
     if isinstance(size, int) and (size < 1 or processes % size):
-        yield f"strategy.shard_size ({composed.where('strategy.shard_size')}): {size} does not divide the {processes} processes"
-    batch = trainer.global_batch_size
+        divisors = ", ".join(str(n) for n in range(1, processes + 1) if processes % n == 0)
+        yield f"{composed.at('strategy.shard_size')}: {size} does not divide {processes} processes; takes {divisors}"
+    batch, micro = trainer.global_batch_size, trainer.micro_batch_size
+    if not batch:
+        return
     if batch % processes:
         yield (
-            f"trainer.global_batch_size ({composed.where('trainer.global_batch_size')}): {batch} is not a multiple of the "
-            f"{processes} processes; nearest: {_multiples(batch, processes)}"
+            f"{composed.at('trainer.global_batch_size')}: {batch} is not a multiple of {processes} processes; "
+            f"nearest: {_multiples(batch, processes)}"
         )
-    elif trainer.micro_batch_size and (batch // processes) % trainer.micro_batch_size:
-        step = processes * trainer.micro_batch_size
+    elif micro and (batch // processes) % micro:
         yield (
-            f"trainer.micro_batch_size ({composed.where('trainer.micro_batch_size')}): {trainer.micro_batch_size} does not divide the "
-            f"{batch // processes} samples a rank of global_batch_size {batch}; nearest global_batch_size: {_multiples(batch, step)}"
+            f"{composed.at('trainer.micro_batch_size')}: {micro} does not divide the "
+            f"{batch // processes} samples a rank of global_batch_size {batch}; nearest global_batch_size: "
+            f"{_multiples(batch, processes * micro)}"
         )
+
+
+def _readable(composed: Composed, name: str, section: type[Section]) -> Section:
+    """The section, with None for each value that sections() refuses: the others are checked all the same."""
+    values = composed.config.get(name)
+    values = values if isinstance(values, Mapping) else {}
+    given = ((key, values.get(key), kind) for key, kind in schema.settings(section).items())
+    return schema.read(section, {key: value if schema.fits(value, kind) else None for key, value, kind in given})
 
 
 def _multiples(value: int, step: int) -> str:
@@ -174,13 +234,14 @@ def folders(composed: Composed) -> Iterator[str]:
     dataset = composed.config.get("dataset")
     if not isinstance(dataset, Mapping) or not isinstance(dataset.get("root"), str):
         return
-    root = Path(dataset["root"]).expanduser()
-    patterns = dataset.get("expects") or []
-    layout = f"expected there: {', '.join(map(str, patterns))}" if patterns else "it holds the data"
-    where = f"dataset.root ({composed.where('dataset.root')})"
+    root = Path(dataset["root"]).expanduser().absolute()
+    patterns = [str(pattern) for pattern in dataset.get("expects") or []]
+    absent = [pattern for pattern in patterns if next(root.glob(pattern), None) is None]
+    where = composed.at("dataset.root")
+    layout = f"; expected there: {', '.join(patterns)}" if patterns else ""
     if not root.is_dir():
-        yield f"{where}: no folder {root}; {layout}"
-        return
-    absent = [pattern for pattern in patterns if next(root.glob(str(pattern)), None) is None]
-    if absent:
-        yield f"{where}: nothing in {root} matches {', '.join(absent)}; {layout}"
+        yield f"{where}: {root} is {'a file, not a folder' if root.exists() else 'no folder'}{layout}"
+    elif absent == patterns and absent:
+        yield f"{where}: {root} holds nothing of the data{layout}"
+    elif absent:
+        yield f"{where}: {root} lacks {', '.join(absent)}{layout}"

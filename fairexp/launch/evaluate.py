@@ -38,7 +38,9 @@ def evaluate(run_dir: RunDir, overrides: Sequence[str], step: str | None, truste
     if as_json:
         print(json.dumps({"run_dir": str(run_dir.path), "id": run_dir.id, "step": number, "metrics": metrics}))
     else:
-        print(f"{run_dir.path.name} step {number}: " + "  ".join(f"{key} {value:.4f}" for key, value in metrics.items()))
+        print(
+            f"{run_dir.path.name} step {number}: " + "  ".join(f"{key} {value:.4f}" for key, value in metrics.items())
+        )
     return 0
 
 
@@ -55,5 +57,3 @@ def assign(config: dict[str, Any], override: str) -> None:
         known = list(node) if isinstance(node, dict) else list(config)
         raise UserError(f"{override}: the run's config has no {key}{nearest(last, known)}")
     node[last] = yaml.safe_load(text)
-
-

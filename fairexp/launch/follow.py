@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import sys
 import time
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any, TextIO
 
 from fairexp.config.rundir import RunDir
@@ -18,18 +19,16 @@ from fairexp.launch.job import first_error
 ENDED = {"finished": DONE, "failed": FAILED, "interrupted": INTERRUPTED}
 
 
-def follow(run_dir: RunDir) -> int:
-    """Shows the run's progress until it ends; the run's exit code. Ctrl-C is passed on, a second one kills."""
-    interrupts = 0
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        nonlocal interrupts
-        interrupts += 1
-        stop(run_dir, signal.SIGINT if interrupts == 1 else signal.SIGKILL)
-
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+def follow(run_dir: RunDir, attempt: int) -> int:
+    """Shows that attempt's progress until it ends; the run's exit code. Ctrl-C is passed on, a second one kills."""
+    interrupts: list[int] = []
+    before = {
+        number: signal.signal(number, lambda number, frame: interrupts.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    told = 0
     rows = Tail(run_dir.metrics_file)
-    output = Tail(run_dir.logs / f"rank_0.attempt_{run_dir.status()['attempts'] + 1}.log")
+    output = Tail(run_dir.logs / f"rank_0.attempt_{attempt}.log")
     try:
         with view() as shown:
             while True:
@@ -38,7 +37,10 @@ def follow(run_dir: RunDir) -> int:
                     shown.text(line)
                 for line in rows.lines():
                     shown.row(json.loads(line), status.get("max_steps"))
-                if not job_lives(run_dir, status):
+                if told < len(interrupts) and status["attempts"] == attempt:  # the job has started: it can be told
+                    stop(status["pid"], signal.SIGINT if told == 0 else signal.SIGKILL)
+                    told = len(interrupts)
+                if not job_lives(status):
                     status = _lost(run_dir)
                     break
                 time.sleep(0.1)
@@ -57,17 +59,13 @@ def last_words(run_dir: RunDir) -> list[str]:
     return error["traceback"].splitlines() if error and error["rank"] != 0 else []
 
 
-def stop(run_dir: RunDir, number: int) -> None:
+def stop(pid: int, number: int) -> None:
     """Sends the signal to the run's job, which passes it on to its ranks."""
-    pid = run_dir.status().get("pid")
-    if pid is not None:
-        try:
-            os.kill(pid, number)
-        except ProcessLookupError:
-            return
+    with contextlib.suppress(ProcessLookupError):  # it has just ended by itself
+        os.kill(pid, number)
 
 
-def job_lives(run_dir: RunDir, status: dict[str, Any]) -> bool:
+def job_lives(status: dict[str, Any]) -> bool:
     """Whether the local job's controller still runs."""
     if status.get("job_id") is None:
         return False
@@ -102,7 +100,7 @@ class Tail:
             self.file.seek(0, os.SEEK_END)
 
     def _open(self) -> None:
-        self.file = open(self.path, encoding="utf-8", errors="replace")
+        self.file = open(self.path, encoding="utf-8", errors="replace")  # noqa: SIM115
         self.inode = os.fstat(self.file.fileno()).st_ino
 
     def lines(self) -> list[str]:
@@ -164,7 +162,9 @@ class Bar:
         self.progress.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.progress.stop()
 
     def text(self, line: str) -> None:

@@ -13,7 +13,8 @@ from typing import Any
 
 from fairexp.config.rundir import RunDir
 from fairexp.errors import DONE, FAILED, INTERRUPTED
-from fairexp.launch.supervise import die_with, supervise
+from fairexp.launch.supervise import SIGNALS, supervise
+from fairexp.lifetime import die_with
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Job:
         os.setsid()  # away from the terminal: its ^C would reach each rank beside the one that is passed on
         os.chdir(launch["cwd"])
         sys.path[:0] = [folder for folder in launch["sys_path"] if folder not in sys.path]
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until the ranks can be told: torch is imported first
         attempt = run_dir.status().get("attempts", 0) + 1
         run_dir.set_status(state="running", attempts=attempt, pid=os.getpid(), host=socket.gethostname(), error=None)
         for stale in run_dir.logs.glob("error_*.json"):
@@ -59,7 +61,9 @@ class Job:
         )
         rendezvous.unlink(missing_ok=True)
         if owner_is_gone(launch["owner"]):
-            run_dir.set_status(state="failed", error=f"the command that followed it (process {launch['owner']}) was killed")
+            run_dir.set_status(
+                state="failed", error=f"the command that followed it (process {launch['owner']}) was killed"
+            )
             return FAILED
         return conclude(run_dir, codes)
 

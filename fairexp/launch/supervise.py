@@ -7,7 +7,6 @@ torch is imported once and the ranks are forked from it (10 ms against 1.3 s eac
 
 from __future__ import annotations
 
-import ctypes
 import os
 import select
 import signal
@@ -18,12 +17,18 @@ from pathlib import Path
 from types import FrameType
 
 from fairexp.errors import DONE, INTERRUPTED
+from fairexp.lifetime import die_with
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 GRACE_S = 2.0  # between SIGTERM and SIGKILL for the siblings of a rank that died
 
 
 def supervise(
-    num_processes: int, environment: Callable[[int], dict[str, str]], log: Callable[[int], Path], rank: Callable[[], int], owner: int | None
+    num_processes: int,
+    environment: Callable[[int], dict[str, str]],
+    log: Callable[[int], Path],
+    rank: Callable[[], int],
+    owner: int | None,
 ) -> dict[int, int]:
     """Runs `rank()` in `num_processes` forked processes; their exit codes by local rank in the order of their ends, negative
     for a signal.
@@ -32,8 +37,9 @@ def supervise(
     than 0, the others are ended too: SIGTERM, and SIGKILL after two seconds. SIGINT and SIGTERM to this process are passed on.
     When `owner` (a process id) dies, everything dies.
     """
-    signals = (signal.SIGINT, signal.SIGTERM)
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # one that comes while a rank starts waits until its handler stands
+    signal.pthread_sigmask(
+        signal.SIG_BLOCK, SIGNALS
+    )  # one that comes while a rank starts waits until its handler stands
     processes = {_fork(k, environment(k), log(k), rank): k for k in range(num_processes)}
     alive = {os.pidfd_open(pid): pid for pid in processes}
     owner_fd = _open_owner(owner)
@@ -44,9 +50,9 @@ def supervise(
         for descriptor in alive:
             signal.pidfd_send_signal(descriptor, number)
 
-    for number in signals:
+    for number in SIGNALS:
         signal.signal(number, send)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     while alive:
         watched = [*alive, owner_fd] if owner_fd is not None else [*alive]
         ready, _, _ = select.select(watched, [], [], 0.5 if kill_at < float("inf") else None)
@@ -84,13 +90,6 @@ def _fork(k: int, environment: dict[str, str], log: Path, rank: Callable[[], int
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)  # no finalization: gloo's threads race it, and up to one good run in ten would abort
-
-
-def die_with(parent: int) -> None:
-    """This process gets SIGKILL when its parent ends, however that ends."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if os.getppid() != parent:  # it ended before the call
-        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _open_owner(owner: int | None) -> int | None:

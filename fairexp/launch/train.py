@@ -27,7 +27,12 @@ from fairexp.runs.table import describe
 
 
 def train(
-    overrides: Sequence[str], config_dirs: Sequence[Path], config_name: str, trusted: Sequence[str], fresh: bool, as_json: bool
+    overrides: Sequence[str],
+    config_dirs: Sequence[Path],
+    config_name: str,
+    trusted: Sequence[str],
+    fresh: bool,
+    as_json: bool,
 ) -> int:
     """Runs the experiment that the overrides name, or resumes it; the run's exit code."""
     composed = compose(overrides, config_dirs, config_name)
@@ -50,17 +55,21 @@ def train(
         if status["state"] == "finished":
             say(f"{run_dir.path} has finished; --fresh runs it anew")
             return report(run_dir, as_json)
-        if job_lives(run_dir, status):
-            raise UserError(f"{run_dir.path} is running: job {status['job_id']} on {status.get('host', 'this machine')}")
+        if job_lives(status):
+            raise UserError(
+                f"{run_dir.path} is running: job {status['job_id']} on {status.get('host', 'this machine')}"
+            )
         if status["attempts"]:
             resume(run_dir, config, launch)
-        say(f"{run_dir.path}  ({launch['num_processes']} x {launch['threads']} CPU thread{'s' if launch['threads'] > 1 else ''})")
+        say(
+            f"{run_dir.path}  ({launch['num_processes']} x {launch['threads']} CPU thread{'s' if launch['threads'] > 1 else ''})"
+        )
         if launcher.kind == "local":
             submit.submit(run_dir)
     if launcher.kind == "inline":
         submit.run_inline(run_dir)
     else:
-        follow(run_dir)
+        follow(run_dir, status["attempts"] + 1)
     return report(run_dir, as_json)
 
 
@@ -122,7 +131,9 @@ def code_state(folder: Path) -> dict[str, str]:
     """The commit of the user's repository and the patch of what isn't committed; {} outside a repository."""
 
     def git(*words: str) -> str:
-        done = subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, errors="surrogateescape", timeout=30)
+        done = subprocess.run(
+            ["git", *words], cwd=folder, capture_output=True, text=True, errors="surrogateescape", timeout=30
+        )
         return done.stdout if done.returncode == 0 else ""
 
     try:

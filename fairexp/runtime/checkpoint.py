@@ -12,7 +12,7 @@ import random
 import shutil
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -140,8 +140,8 @@ def _empty_like_stored(metadata: Any, parameter: Tensor) -> Tensor:
 
 def _random_state(device: torch.device) -> dict[str, Tensor]:
     """This rank's generators as tensors: dropout goes on where it was."""
-    version, keys, gauss = random.getstate()
-    name, array, position, has_gauss, cached = np.random.get_state()  # type: ignore[misc]
+    version, keys, _ = random.getstate()
+    array, position = np.random.get_state(legacy=True)[1:3]  # type: ignore[index]
     state = {
         "torch": torch.get_rng_state(),
         "python": torch.tensor([version, *keys], dtype=torch.int64),
@@ -166,13 +166,14 @@ def _set_random_state(state: dict[str, Tensor]) -> None:
 def _reader(folder: Path) -> Any:
     """DCP's reader, less its pickle.load: a checkpoint from elsewhere can't run code."""
     from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.metadata import StorageMeta
 
     class Reader(FileSystemReader):
         def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
             with open(folder / ".metadata", "rb") as file:
                 metadata = _MetadataUnpickler(file).load()
             if getattr(metadata, "storage_meta", None) is None:
-                metadata.storage_meta = self.storage_meta()
+                metadata.storage_meta = StorageMeta()
             metadata.storage_meta.load_id = self.load_id
             return metadata
 
@@ -180,7 +181,7 @@ def _reader(folder: Path) -> Any:
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    ALLOWED = {
+    ALLOWED: ClassVar = {
         "torch.distributed.checkpoint.metadata": {
             "Metadata",
             "TensorStorageMetadata",
@@ -191,7 +192,19 @@ class _MetadataUnpickler(pickle.Unpickler):
             "_MEM_FORMAT_ENCODING",
         },
         "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
-        "torch": {"Size", "device", "float64", "float32", "float16", "bfloat16", "int64", "int32", "uint8", "bool", "strided"},
+        "torch": {
+            "Size",
+            "device",
+            "float64",
+            "float32",
+            "float16",
+            "bfloat16",
+            "int64",
+            "int32",
+            "uint8",
+            "bool",
+            "strided",
+        },
         "torch.serialization": {"_get_layout"},
         "collections": {"OrderedDict"},
         "pathlib": {"PosixPath"},
@@ -200,7 +213,9 @@ class _MetadataUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if name not in self.ALLOWED.get(module, ()):
-            raise RunError(f"the checkpoint's .metadata names {module}.{name}: not a checkpoint of fairexp; nothing was run")
+            raise RunError(
+                f"the checkpoint's .metadata names {module}.{name}: not a checkpoint of fairexp; nothing was run"
+            )
         return super().find_class(module, name)
 
 

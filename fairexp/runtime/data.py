@@ -6,11 +6,13 @@ and after any interruption; per-sample randomness is a function of (seed, epoch,
 
 from __future__ import annotations
 
+import os
 import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -19,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
 from fairexp.errors import RunError
+from fairexp.lifetime import die_with
 from fairexp.runtime.dist import Place
 from fairexp.runtime.init import seed_of
 
@@ -95,7 +98,9 @@ def evaluation_order(length: int, batch_size: int, here: Place) -> list[Part]:
     """Every sample exactly once over all ranks, in order; the last batch is ragged."""
     indices = torch.arange(length)
     size = batch_size * here.world_size
-    return [part for start in range(0, length, size) for part in split(indices[start : start + size], here, batch_size, 0)]
+    return [
+        part for start in range(0, length, size) for part in split(indices[start : start + size], here, batch_size, 0)
+    ]
 
 
 class Fetcher:
@@ -114,7 +119,9 @@ class Fetcher:
             return self.augment(batch, self.seeds(part)) if self.augment else batch
         seeds = self.seeds(part)
         with _isolated_random_state():
-            batch = default_collate([self._sample(*key) for key in zip(part.indices.tolist(), seeds.tolist(), strict=True)])
+            batch = default_collate(
+                [self._sample(*key) for key in zip(part.indices.tolist(), seeds.tolist(), strict=True)]
+            )
         return self.augment(batch, seeds) if self.augment else batch
 
     def _sample(self, index: int, seed: int) -> Any:
@@ -156,6 +163,10 @@ class _Keys:
         return self.make()
 
 
+def _die_with(parent: int, worker: int) -> None:
+    die_with(parent)  # torch's own watch over the parent takes five seconds
+
+
 def _identity(batch: Any) -> Any:
     return batch
 
@@ -179,6 +190,7 @@ class Batches:
                     sampler=_Keys(lambda: (part for step in order.steps(first_step) for part in step)),  # type: ignore[arg-type]
                     num_workers=num_workers,
                     collate_fn=_identity,
+                    worker_init_fn=partial(_die_with, os.getpid()),
                     pin_memory=here.device.type == "cuda",
                 )
             )

@@ -78,7 +78,13 @@ def is_lost_peer(error: Exception) -> bool:
 
 
 # what gloo and NCCL say; neither has a type of its own for it
-PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited", "socketPollConnect")
+PEER_GONE = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "remote process exited",
+    "socketPollConnect",
+)
 
 
 def leave() -> None:

@@ -15,7 +15,9 @@ from fairexp.runtime.preempt import Stop
 SINGLE = {"_target_": "fairexp.runtime.strategies.single.Single"}
 
 
-def evaluate_checkpoint(run_dir: RunDir, config: Mapping[str, Any], folder: Path, trusted: Sequence[str]) -> dict[str, float]:
+def evaluate_checkpoint(
+    run_dir: RunDir, config: Mapping[str, Any], folder: Path, trusted: Sequence[str]
+) -> dict[str, float]:
     """The evaluation metrics of the checkpoint in `folder`."""
     trust(trusted)
     here = dist.place(config["trainer"]["device"])

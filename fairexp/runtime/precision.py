@@ -90,9 +90,13 @@ class Float16:
 
     def load(self, state: dict[str, float]) -> None:
         if state:
-            self.scaler.load_state_dict({**self.scaler.state_dict(), **state, "_growth_tracker": state["growth_tracker"]})
+            self.scaler.load_state_dict(
+                {**self.scaler.state_dict(), **state, "_growth_tracker": state["growth_tracker"]}
+            )
 
 
 def precision(name: str, device: torch.device) -> Precision:
     """The arithmetic called fp32, bf16 or fp16."""
-    return {"fp32": Full, "bf16": lambda: BFloat16(device), "fp16": lambda: Float16(device)}[name]()
+    if name == "fp32":
+        return Full()
+    return BFloat16(device) if name == "bf16" else Float16(device)

@@ -146,7 +146,9 @@ def environment(here: dist.Place) -> dict[str, object]:
         "device": torch.cuda.get_device_name(here.device) if cuda else platform.processor() or platform.machine(),
         "cpu_threads": torch.get_num_threads(),
         # the folders' names say it: importlib.metadata would read every package's file
-        "packages": sorted({path.name.removesuffix(".dist-info") for folder in folders for path in folder.glob("*.dist-info")}),
+        "packages": sorted(
+            {path.name.removesuffix(".dist-info") for folder in folders for path in folder.glob("*.dist-info")}
+        ),
     }
 
 

@@ -31,7 +31,9 @@ def units(model: nn.Module, patterns: Sequence[str] | None = None) -> dict[str, 
         name: module
         for outer, part in chosen.items()
         for name, module in (
-            {f"{outer}.{key}": inner for key, inner in units(part).items()} if isinstance(part, nn.ModuleList) else {outer: part}
+            {f"{outer}.{key}": inner for key, inner in units(part).items()}
+            if isinstance(part, nn.ModuleList)
+            else {outer: part}
         ).items()
     }
 

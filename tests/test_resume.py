@@ -1,0 +1,109 @@
+"""A run goes on as if nothing had happened: on the same processes bit for bit, on others with the same curve."""
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import Fairexp, Tiny, Trained, interrupted
+
+WORLDS = ("single", "ddp2", "fsdp2", "fsdp4", "hybrid")
+# Long enough to be caught in the middle, with dropout: the generators of every rank must go on where they were.
+DROPOUT = ("model.dropout=0.1", "trainer.max_steps=150", "checkpoint.every=10", "checkpoint.keep_last=2")
+
+
+def bits(run: Trained) -> dict[int, str]:
+    return {step: loss.hex() for step, loss in run.losses.items()}
+
+
+def checkpoints(run_dir: Path) -> list[str]:
+    return sorted(folder.name for folder in (run_dir / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("target", WORLDS)
+@pytest.mark.parametrize("source", WORLDS)
+def test_a_run_saved_under_any_strategy_resumes_under_any(
+    tiny: Tiny, fairexp: Fairexp, tmp_path: Path, source: str, target: str
+) -> None:
+    uninterrupted = tiny(target)
+    path = interrupted(uninterrupted, tmp_path, tiny(source).path / "checkpoints/step_00000010")
+    ended = fairexp(*uninterrupted.command, f"runs_dir={tmp_path}")
+    assert ended.returncode == 0, ended.stderr
+    assert "steps 10 -> 20 (resumed)" in ended.stderr
+    resumed = Trained(path, uninterrupted.command)
+    assert resumed.steps == list(range(1, 21))
+    if source == target:
+        assert bits(resumed) == bits(uninterrupted)
+    assert resumed.losses == pytest.approx(tiny("single").losses, rel=1e-5)
+    assert resumed.evals[20] == pytest.approx(tiny("single").evals[20], rel=1e-5)
+
+
+def test_the_same_command_with_more_processes_is_the_same_run(tiny: Tiny) -> None:
+    assert tiny("fsdp4").path.name == tiny("fsdp2").path.name
+    assert len({tiny(world).path.name for world in ("single", "ddp2", "fsdp2", "hybrid")}) == 4
+
+
+@pytest.mark.parametrize(
+    ("strategy", "workers"), [("single", 0), ("ddp2", 0), ("fsdp2", 0), ("single", 2)], ids=["single", "ddp2", "fsdp2", "workers"]
+)
+def test_ctrl_c_saves_and_the_same_command_goes_on_bit_for_bit(
+    tiny: Tiny, fairexp: Fairexp, environment: dict[str, str], tmp_path: Path, strategy: str, workers: int
+) -> None:
+    uninterrupted = tiny(strategy, *DROPOUT)
+    words = (*uninterrupted.command, f"runs_dir={tmp_path}", f"trainer.num_workers={workers}")
+    path = tmp_path / uninterrupted.path.name
+
+    with subprocess.Popen([sys.executable, "-m", "fairexp", *words], cwd=tmp_path, env=environment, stderr=subprocess.PIPE) as process:
+        metrics = path / "metrics.jsonl"
+        while process.poll() is None and not (metrics.exists() and '"step": 8,' in metrics.read_text()):
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said.decode()
+    stopped = Trained(path, words)
+    assert 8 <= stopped.steps[-1] < 150
+    assert checkpoints(path)[-1] == f"step_{stopped.steps[-1]:08d}"
+
+    ended = fairexp(*words)
+    assert ended.returncode == 0, ended.stderr
+    resumed = Trained(path, words)
+    assert resumed.steps == list(range(1, 151))
+    assert bits(resumed) == bits(uninterrupted)
+    assert resumed.evals[150] == uninterrupted.evals[150]
+
+
+def test_only_the_last_checkpoints_are_kept(tiny: Tiny) -> None:
+    assert checkpoints(tiny("single", *DROPOUT).path) == ["step_00000140", "step_00000150"]
+
+
+def test_a_checkpoint_of_four_shards_evaluates_in_one_process(tiny: Tiny, fairexp: Fairexp) -> None:
+    run = tiny("fsdp4")
+    ended = fairexp("eval", str(run.path), "--json")
+    assert ended.returncode == 0, ended.stderr
+    assert json.loads(ended.stdout)["metrics"] == pytest.approx(run.evals[20], rel=1e-5)
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(tiny: Tiny, fairexp: Fairexp, tmp_path: Path) -> None:
+    uninterrupted, marker = tiny("single"), tmp_path / "marker"
+    path = interrupted(uninterrupted, tmp_path)
+    (path / "checkpoints/step_00000010/.metadata").write_bytes(pickle.dumps(Command(f"touch {marker}")))
+    ended = fairexp(*uninterrupted.command, f"runs_dir={tmp_path}")
+    assert not marker.exists()
+    assert ended.returncode == 1
+    assert ".metadata names posix.system" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+class Command:
+    """Runs a shell command when it is unpickled."""
+
+    def __init__(self, command: str):
+        self.command = command
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, (self.command,)
