@@ -12,7 +12,7 @@ from fairexp.errors import WRONG, UserError
 HELP = """\
 fairexp: config-driven experiments for PyTorch
 
-  fairexp train [overrides]     run an experiment; the same command again resumes it, or shows its result
+  fairexp train [overrides]     run an experiment; the same command resumes it or shows its result
   fairexp eval RUN [key=value]  evaluate a run's last checkpoint
   fairexp config [overrides]    print the resolved config, and where each value comes from
   fairexp list [RUNS_DIR]       the runs: state, step, metrics, age
@@ -22,6 +22,8 @@ fairexp: config-driven experiments for PyTorch
   --config-dir DIR   a folder with more config groups (a paper's own configs/)
   --trust PACKAGE    let configs name classes of an installed package
   --fresh            train: a new run beside the one that these settings have
+  --runs-dir DIR     show, eval: where the runs are; runs
+  --step N           eval: the checkpoint of that step; the last one
   --json             one JSON value on stdout, for programs
   --cfg job|hydra|all, --resolve, --info, --hydra-help: answered by Hydra (train)
 
@@ -160,7 +162,7 @@ def list_runs(arguments: Sequence[str]) -> int:
         raise UserError(f"list: no such folder: {rest[0]}")
     from fairexp.runs.table import show_table
 
-    return show_table(Path(rest[0]) if rest else Path("runs"), as_json="--json" in flags)
+    return show_table(Path(rest[0] if rest else "runs").absolute(), as_json="--json" in flags)
 
 
 def show_run(arguments: Sequence[str]) -> int:

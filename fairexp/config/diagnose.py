@@ -15,7 +15,7 @@ import yaml
 from hydra import compose as hydra_compose
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fairexp.config.groups import groups
@@ -94,7 +94,10 @@ def diagnose(parsed: Sequence[Override], folders: Sequence[Path], config_name: s
     except WRONG as inner:
         return problems or [one_line(inner)]
     for override in values:
-        if not override.is_add() and not override.is_force_add():
+        if override.is_add() and OmegaConf.select(tree, override.key_or_group) is not None:
+            key, there = str(override.input_line), override.key_or_group
+            problems.append(f"{key}: there is a {there} already; write {key.removeprefix('+')}")
+        elif not override.is_add() and not override.is_force_add():
             problems += _missing_key(override, tree, known)
     return problems or [one_line(error)]
 

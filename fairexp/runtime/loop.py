@@ -23,16 +23,17 @@ def fit(run: Run) -> None:
     run.model.train()
     while run.step < run.max_steps:
         micro_batches = next(batches)
-        logs = due(run, run.trainer.log_every)
+        step = run.step + 1
+        logs = due(run, step, run.trainer.log_every)
         loss, grad_norm = train_step(run, micro_batches, wants_norm=logs)
-        run.step += 1
+        run.step = step
         if logs:
             log(run, loss, grad_norm, clock)
-        if due(run, run.trainer.eval_every, before=1):
+        if due(run, step, run.trainer.eval_every):
             evaluate_and_log(run)
             clock.restart()
-        stopping = run.stop.agreed(run.step)
-        if stopping or due(run, run.checkpoint.every, before=1):
+        stopping = run.stop.agreed(step)
+        if stopping or due(run, step, run.checkpoint.every):
             checkpoint.save(run)
             clock.restart()
         if stopping:
@@ -72,9 +73,8 @@ def train_step(run: Run, micro_batches: list[MicroBatch], wants_norm: bool) -> t
     return total, grad_norm
 
 
-def due(run: Run, every: int | None, before: int = 0) -> bool:
-    """Whether the step that comes (or, with `before=1`, the one just done) is a multiple of `every` or the last."""
-    step = run.step + 1 - before
+def due(run: Run, step: int, every: int | None) -> bool:
+    """Whether what happens every so many steps happens after this one: at its multiples and at the end."""
     return step == run.max_steps or (every is not None and step % every == 0)
 
 

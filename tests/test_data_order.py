@@ -1,0 +1,161 @@
+"""Which sample comes when is a function of the seed alone: the same on any number of ranks and workers, and after any resume."""
+
+import itertools
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from fairexp.runtime.data import Batches, Fetcher, MicroBatch, Part, TrainingOrder, evaluation_order
+from fairexp.runtime.dist import Place
+
+torch.set_num_threads(1)
+
+LENGTH, GLOBAL = 61, 12  # six steps an epoch; the last one has a single sample
+EPOCH = -(-LENGTH // GLOBAL)
+worlds = pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+micro_batches = pytest.mark.parametrize("micro_batch_size", [1, 2, 3, 5, 12])
+
+
+def places(world_size: int) -> list[Place]:
+    return [Place(rank, world_size, rank, torch.device("cpu")) for rank in range(world_size)]
+
+
+def order(here: Place, micro_batch_size: int = GLOBAL, seed: int = 0) -> TrainingOrder:
+    return TrainingOrder(LENGTH, GLOBAL, micro_batch_size, here, seed)
+
+
+def steps(world_size: int, micro_batch_size: int, num: int, first: int = 0) -> Iterator[tuple[list[Part], ...]]:
+    """The parts of each rank, step by step."""
+    ranks = [order(here, micro_batch_size).steps(first) for here in places(world_size)]
+    return itertools.islice(zip(*ranks, strict=True), num)
+
+
+def counted(parts: list[Part]) -> list[int]:
+    """The samples of the parts that count, in order."""
+    return [index for part in parts for index in part.indices[: part.weight].tolist()]
+
+
+@worlds
+@micro_batches
+def test_the_ranks_of_any_world_share_the_same_global_batches(world_size: int, micro_batch_size: int) -> None:
+    whole = [counted(ranks[0]) for ranks in steps(1, GLOBAL, 2 * EPOCH)]
+    assert [len(batch) for batch in whole[:EPOCH]] == [12, 12, 12, 12, 12, 1]
+    assert [[i for parts in ranks for i in counted(parts)] for ranks in steps(world_size, micro_batch_size, 2 * EPOCH)] == whole
+
+
+@worlds
+@micro_batches
+def test_every_sample_is_seen_once_an_epoch(world_size: int, micro_batch_size: int) -> None:
+    seen = [[i for parts in ranks for i in counted(parts)] for ranks in steps(world_size, micro_batch_size, 2 * EPOCH)]
+    first, second = sum(seen[:EPOCH], []), sum(seen[EPOCH:], [])
+    assert sorted(first) == sorted(second) == list(range(LENGTH))
+    assert first != second
+
+
+@worlds
+@micro_batches
+def test_all_ranks_pass_equally_often_and_their_shares_add_up(world_size: int, micro_batch_size: int) -> None:
+    for ranks in steps(world_size, micro_batch_size, EPOCH):
+        assert len({len(parts) for parts in ranks}) == 1, "a rank would wait for the others in a collective"
+        parts = [part for parts in ranks for part in parts]
+        assert sum(part.share for part in parts) == pytest.approx(world_size)
+        assert all(part.share * sum(p.weight for p in parts) == pytest.approx(part.weight * world_size) for part in parts)
+        assert all(1 <= len(part.indices) <= micro_batch_size for part in parts), "a part without a sample has no forward pass"
+        assert all(part.weight in (0, len(part.indices)) for part in parts)
+
+
+@worlds
+@micro_batches
+@pytest.mark.parametrize("length", [1, 2, 33, 360])
+def test_evaluation_counts_every_sample_once(world_size: int, micro_batch_size: int, length: int) -> None:
+    ranks = [evaluation_order(length, micro_batch_size, here) for here in places(world_size)]
+    assert sorted(i for parts in ranks for i in counted(parts)) == list(range(length))
+    assert len({len(parts) for parts in ranks}) == 1
+
+
+@pytest.mark.parametrize("first", [1, EPOCH - 1, EPOCH, 3 * EPOCH + 2])
+def test_a_resume_goes_on_in_the_same_order(first: int) -> None:
+    walked = list(steps(2, 3, first + 8))[first:]
+    resumed = list(steps(2, 3, 8, first))
+    assert [[counted(parts) for parts in ranks] for ranks in resumed] == [[counted(parts) for parts in ranks] for ranks in walked]
+    assert [ranks[0][0].epoch for ranks in resumed] == [ranks[0][0].epoch for ranks in walked]
+
+
+def test_another_seed_is_another_order() -> None:
+    assert order(places(1)[0], seed=0).permutation(0).tolist() != order(places(1)[0], seed=1).permutation(0).tolist()
+
+
+# What a rank gets
+
+
+class Noisy:
+    """A plain map-style data set: its samples are random, by each of the three generators that transforms use."""
+
+    def __len__(self) -> int:
+        return LENGTH
+
+    def __getitem__(self, index: int) -> dict[str, Tensor | float]:
+        return {"index": index, "torch": torch.rand(3), "numpy": np.random.rand(), "python": random.random()}
+
+
+def fetch(world_size: int, micro_batch_size: int, num: int = EPOCH + 2, first: int = 0, workers: int = 0) -> list[list[MicroBatch]]:
+    """What the ranks get, each in the order of its steps."""
+    got = []
+    for here in places(world_size):
+        batches = Batches(Fetcher(Noisy(), None, 0), order(here, micro_batch_size), here, workers, first)
+        got.append([micro for step in itertools.islice(batches, num) for micro in step])
+        batches.close()
+    return got
+
+
+def samples(ranks: list[list[MicroBatch]]) -> dict[int, list[list[float]]]:
+    """The random numbers of each sample by its index, in the order of the epochs."""
+    seen: dict[int, list[list[float]]] = {}
+    for micro in itertools.chain(*ranks):
+        batch = micro.batch
+        numbers = torch.column_stack([batch["torch"].double(), batch["numpy"], batch["python"]])
+        for index, row in list(zip(batch["index"].tolist(), numbers.tolist(), strict=True))[: micro.weight]:
+            seen.setdefault(index, []).append(row)
+    return seen
+
+
+def same(first: list[list[MicroBatch]], second: list[list[MicroBatch]]) -> bool:
+    pairs = zip(itertools.chain(*first), itertools.chain(*second), strict=True)
+    return all(a.weight == b.weight and all(torch.equal(a.batch[key], b.batch[key]) for key in a.batch) for a, b in pairs)
+
+
+@worlds
+@pytest.mark.parametrize("micro_batch_size", [1, 5])
+def test_a_samples_randomness_does_not_depend_on_its_company(world_size: int, micro_batch_size: int) -> None:
+    reference = samples(fetch(1, GLOBAL, EPOCH))
+    assert len({number for rows in reference.values() for number in rows[0]}) == 5 * LENGTH, "samples share their numbers"
+    assert samples(fetch(world_size, micro_batch_size, EPOCH)) == reference
+
+
+def test_each_epoch_is_random_anew() -> None:
+    twice = [rows for rows in samples(fetch(1, GLOBAL, 2 * EPOCH)).values()]
+    assert all(first[0] != second[0] for first, second in twice)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_workers_change_nothing(world_size: int) -> None:
+    assert same(fetch(world_size, 5, workers=2), fetch(world_size, 5))
+    assert same(fetch(world_size, 5, num=4, first=EPOCH - 2, workers=2), fetch(world_size, 5, num=4, first=EPOCH - 2))
+
+
+def test_a_resume_gets_the_same_samples() -> None:
+    walked = fetch(1, GLOBAL, EPOCH + 2)[0]
+    assert same(fetch(1, GLOBAL, 3, first=EPOCH - 1), [walked[EPOCH - 1 :]])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_loading_leaves_the_generators_of_the_dropout_masks_alone(workers: int) -> None:
+    torch.manual_seed(3), random.seed(3), np.random.seed(3)
+    expected = torch.rand(4).tolist(), random.random(), np.random.rand()
+    torch.manual_seed(3), random.seed(3), np.random.seed(3)
+    fetch(1, 5, workers=workers)
+    assert (torch.rand(4).tolist(), random.random(), np.random.rand()) == expected
