@@ -27,11 +27,12 @@ TINY = (
     "model.width=32",
     "model.depth=2",
     "dataset=digits",
+    "optimizer.lr=3e-3",
     "trainer.max_steps=20",
     "trainer.max_epochs=null",
     "trainer.global_batch_size=84",
     "trainer.log_every=1",
-    "trainer.eval_every=null",
+    "trainer.eval_every=10",
     "trainer.device=cpu",
     "checkpoint.every=10",
     "launcher.threads_per_process=1",
@@ -78,7 +79,9 @@ def fairexp(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactor
 
     def call(*words: str, cwd: Path = elsewhere, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "fairexp", *words]
-        return subprocess.run(command, cwd=cwd, env=environment | (env or {}), capture_output=True, text=True, timeout=240)
+        return subprocess.run(
+            command, cwd=cwd, env=environment | (env or {}), capture_output=True, text=True, timeout=240
+        )
 
     return call
 

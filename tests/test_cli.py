@@ -60,7 +60,9 @@ def loaded(environment: dict[str, str], folder: Path) -> Callable[..., tuple[str
 
     def call(*words: str) -> tuple[str, set[str]]:
         code = f"import sys; from fairexp.cli import main; main({list(words)}); print(*sys.modules, file=sys.stderr)"
-        ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder, env=environment)
+        ended = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, cwd=folder, env=environment
+        )
         assert ended.returncode == 0, ended.stderr
         return ended.stdout, set(ended.stderr.split())
 
@@ -109,7 +111,12 @@ def test_help_loads_neither_hydra_nor_torch(loaded: Callable[..., tuple[str, set
     ],
 )
 def test_hydra_answers(
-    words: str, there: str, absent: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    words: str,
+    there: str,
+    absent: str,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", [])
@@ -170,7 +177,9 @@ def test_train_as_json_prints_one_value_and_nothing_else_on_stdout(
     assert {"eval/loss", "eval/top1"} <= result["metrics"].keys()
 
 
-def test_the_same_command_on_a_finished_run_shows_its_result(fairexp: Command, run: dict[str, Any], folder: Path) -> None:
+def test_the_same_command_on_a_finished_run_shows_its_result(
+    fairexp: Command, run: dict[str, Any], folder: Path
+) -> None:
     before = contents(Path(run["run_dir"]))
     again = fairexp(*SHORT, "--json", cwd=folder)
     assert (again.returncode, json.loads(again.stdout)) == (0, run)
@@ -273,7 +282,10 @@ def test_eval_prints_the_numbers_of_the_final_evaluation(fairexp: Command, run: 
     [
         ("--step 3", "--step 3: no such checkpoint; there are: 5"),
         ("dataset.eval", "dataset.eval: write key=value"),
-        ("dataset.eval.splitt=train", "dataset.eval.splitt=train: the run's config has no dataset.eval.splitt; nearest: split"),
+        (
+            "dataset.eval.splitt=train",
+            "dataset.eval.splitt=train: the run's config has no dataset.eval.splitt; nearest: split",
+        ),
     ],
 )
 def test_eval_names_what_is_not_there(

@@ -39,19 +39,24 @@ def counted(parts: list[Part]) -> list[int]:
     return [index for part in parts for index in part.indices[: part.weight].tolist()]
 
 
+def global_batches(world_size: int, micro_batch_size: int, num: int, first: int = 0) -> list[list[int]]:
+    """The samples of each step, over all ranks."""
+    return [[i for parts in ranks for i in counted(parts)] for ranks in steps(world_size, micro_batch_size, num, first)]
+
+
 @worlds
 @micro_batches
 def test_the_ranks_of_any_world_share_the_same_global_batches(world_size: int, micro_batch_size: int) -> None:
-    whole = [counted(ranks[0]) for ranks in steps(1, GLOBAL, 2 * EPOCH)]
+    whole = global_batches(1, GLOBAL, 2 * EPOCH)
     assert [len(batch) for batch in whole[:EPOCH]] == [12, 12, 12, 12, 12, 1]
-    assert [[i for parts in ranks for i in counted(parts)] for ranks in steps(world_size, micro_batch_size, 2 * EPOCH)] == whole
+    assert global_batches(world_size, micro_batch_size, 2 * EPOCH) == whole
 
 
 @worlds
 @micro_batches
 def test_every_sample_is_seen_once_an_epoch(world_size: int, micro_batch_size: int) -> None:
-    seen = [[i for parts in ranks for i in counted(parts)] for ranks in steps(world_size, micro_batch_size, 2 * EPOCH)]
-    first, second = sum(seen[:EPOCH], []), sum(seen[EPOCH:], [])
+    batches = global_batches(world_size, micro_batch_size, 2 * EPOCH)
+    first, second = (list(itertools.chain(*epoch)) for epoch in (batches[:EPOCH], batches[EPOCH:]))
     assert sorted(first) == sorted(second) == list(range(LENGTH))
     assert first != second
 
@@ -61,10 +66,10 @@ def test_every_sample_is_seen_once_an_epoch(world_size: int, micro_batch_size: i
 def test_all_ranks_pass_equally_often_and_their_shares_add_up(world_size: int, micro_batch_size: int) -> None:
     for ranks in steps(world_size, micro_batch_size, EPOCH):
         assert len({len(parts) for parts in ranks}) == 1, "a rank would wait for the others in a collective"
-        parts = [part for parts in ranks for part in parts]
-        assert sum(part.share for part in parts) == pytest.approx(world_size)
-        assert all(part.share * sum(p.weight for p in parts) == pytest.approx(part.weight * world_size) for part in parts)
-        assert all(1 <= len(part.indices) <= micro_batch_size for part in parts), "a part without a sample has no forward pass"
+        parts = list(itertools.chain(*ranks))
+        samples = sum(part.weight for part in parts)
+        assert [part.share for part in parts] == pytest.approx([part.weight / samples * world_size for part in parts])
+        assert all(1 <= len(part.indices) <= micro_batch_size for part in parts), "nothing to pass forward"
         assert all(part.weight in (0, len(part.indices)) for part in parts)
 
 
@@ -79,10 +84,9 @@ def test_evaluation_counts_every_sample_once(world_size: int, micro_batch_size: 
 
 @pytest.mark.parametrize("first", [1, EPOCH - 1, EPOCH, 3 * EPOCH + 2])
 def test_a_resume_goes_on_in_the_same_order(first: int) -> None:
-    walked = list(steps(2, 3, first + 8))[first:]
-    resumed = list(steps(2, 3, 8, first))
-    assert [[counted(parts) for parts in ranks] for ranks in resumed] == [[counted(parts) for parts in ranks] for ranks in walked]
-    assert [ranks[0][0].epoch for ranks in resumed] == [ranks[0][0].epoch for ranks in walked]
+    assert global_batches(2, 3, 8, first) == global_batches(2, 3, first + 8)[first:]
+    epochs = [ranks[0][0].epoch for ranks in steps(2, 3, first + 8)]
+    assert [ranks[0][0].epoch for ranks in steps(2, 3, 8, first)] == epochs[first:]
 
 
 def test_another_seed_is_another_order() -> None:
@@ -102,7 +106,9 @@ class Noisy:
         return {"index": index, "torch": torch.rand(3), "numpy": np.random.rand(), "python": random.random()}
 
 
-def fetch(world_size: int, micro_batch_size: int, num: int = EPOCH + 2, first: int = 0, workers: int = 0) -> list[list[MicroBatch]]:
+def fetch(
+    world_size: int, micro_batch_size: int, num: int = EPOCH + 2, first: int = 0, workers: int = 0
+) -> list[list[MicroBatch]]:
     """What the ranks get, each in the order of its steps."""
     got = []
     for here in places(world_size):
@@ -124,21 +130,23 @@ def samples(ranks: list[list[MicroBatch]]) -> dict[int, list[list[float]]]:
 
 
 def same(first: list[list[MicroBatch]], second: list[list[MicroBatch]]) -> bool:
+    """Whether all batches are equal, bit for bit."""
     pairs = zip(itertools.chain(*first), itertools.chain(*second), strict=True)
-    return all(a.weight == b.weight and all(torch.equal(a.batch[key], b.batch[key]) for key in a.batch) for a, b in pairs)
+    return all(a.weight == b.weight and all(torch.equal(a.batch[k], b.batch[k]) for k in a.batch) for a, b in pairs)
 
 
 @worlds
 @pytest.mark.parametrize("micro_batch_size", [1, 5])
 def test_a_samples_randomness_does_not_depend_on_its_company(world_size: int, micro_batch_size: int) -> None:
     reference = samples(fetch(1, GLOBAL, EPOCH))
-    assert len({number for rows in reference.values() for number in rows[0]}) == 5 * LENGTH, "samples share their numbers"
+    assert len({number for rows in reference.values() for number in rows[0]}) == 5 * LENGTH, (
+        "samples share their numbers"
+    )
     assert samples(fetch(world_size, micro_batch_size, EPOCH)) == reference
 
 
 def test_each_epoch_is_random_anew() -> None:
-    twice = [rows for rows in samples(fetch(1, GLOBAL, 2 * EPOCH)).values()]
-    assert all(first[0] != second[0] for first, second in twice)
+    assert all(first != second for first, second in samples(fetch(1, GLOBAL, 2 * EPOCH)).values())
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -154,8 +162,8 @@ def test_a_resume_gets_the_same_samples() -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_loading_leaves_the_generators_of_the_dropout_masks_alone(workers: int) -> None:
-    torch.manual_seed(3), random.seed(3), np.random.seed(3)
-    expected = torch.rand(4).tolist(), random.random(), np.random.rand()
-    torch.manual_seed(3), random.seed(3), np.random.seed(3)
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
     fetch(1, 5, workers=workers)
-    assert (torch.rand(4).tolist(), random.random(), np.random.rand()) == expected
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert random.getstate() == before[1]
+    assert np.random.get_state()[1].tolist() == before[2]

@@ -27,7 +27,7 @@ def result_of(done: "subprocess.CompletedProcess[str]") -> dict:
 
 def test_the_quickstart_experiment_learns_and_wandb_records_it_offline_without_a_word_from_the_user(tmp_path: Path) -> None:
     words = ["experiment=vit_digits", "launcher.num_processes=2", "trainer.max_steps=100", "trainer.eval_every=null"]
-    result = result_of(train(tmp_path, *words, "schedule.warmup=10"))
+    result = result_of(train(tmp_path, *words))
     assert result["metrics"]["eval/top1"] > 0.3
     run_dir = Path(result["run_dir"])
     (recorded,) = (run_dir / "wandb").rglob("run-*.wandb")

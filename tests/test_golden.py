@@ -27,7 +27,13 @@ SHORT = (
     "tracker=none",
 )
 CONFIGS = {
-    "vit_adamw_cosine": ("model=vit", "model.width=32", "model.depth=2", "trainer.max_steps=20", "trainer.global_batch_size=84"),
+    "vit_adamw_cosine": (
+        "model=vit",
+        "model.width=32",
+        "model.depth=2",
+        "trainer.max_steps=20",
+        "trainer.global_batch_size=84",
+    ),
     "resnet18_sgd_linear": (
         "model=resnet18",
         "model.stem=small",
@@ -58,7 +64,9 @@ def golden_lines(name: str, fairexp: Callable[..., subprocess.CompletedProcess[s
     assert ended.returncode == 0, ended.stderr
     path = next(runs_dir.iterdir()) / "metrics.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return [f"{row['step']} {row['train/loss']!r}" if "train/loss" in row else f"eval {row['eval/loss']!r}" for row in rows]
+    return [
+        f"{row['step']} {row['train/loss']!r}" if "train/loss" in row else f"eval {row['eval/loss']!r}" for row in rows
+    ]
 
 
 def numbers(lines: list[str]) -> dict[str, float]:

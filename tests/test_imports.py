@@ -88,7 +88,9 @@ def test_the_runtime_knows_nothing_of_the_command_line_and_the_launcher() -> Non
 
 
 def test_config_and_runs_know_nothing_of_the_launcher() -> None:
-    assert [each for each in imports() if room(each) in ("config", "runs") and each.of("fairexp.launch", "fairexp.cli")] == []
+    assert [
+        each for each in imports() if room(each) in ("config", "runs") and each.of("fairexp.launch", "fairexp.cli")
+    ] == []
 
 
 def test_the_shelf_imports_nothing_from_fairexp() -> None:

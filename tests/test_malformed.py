@@ -18,6 +18,7 @@ from fairexp.config.diagnose import place
 from fairexp.config.groups import OUR_CONFIGS, groups
 from fairexp.config.provenance import line_of
 from fairexp.config.validate import problems
+from fairexp.launch import submit
 
 TABLE = Path(__file__).with_name("malformed.txt")
 IDX = [f"{part}-{kind}" for part in ("train", "t10k") for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")]
@@ -114,8 +115,13 @@ def said(text: str) -> list[str]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_mistake_is_named_and_nothing_is_started(
-    case: Case, folder: Path, capsys: pytest.CaptureFixture[str]
+    case: Case, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def start(*args: object) -> None:
+        raise AssertionError("validation has passed, and a run was started")
+
+    monkeypatch.setattr(submit, "submit", start)
+    monkeypatch.setattr(submit, "run_inline", start)
     write(folder, case.mistaken_file)
     before = contents(folder)
 

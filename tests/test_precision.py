@@ -77,6 +77,7 @@ def step(micro_batches: list[MicroBatch], clip: float | None = None) -> tuple[Te
     run: Any = SimpleNamespace(
         model=model,
         module=model,
+        parameters=dict(model.named_parameters()),
         task=classify,
         strategy=Single(),
         precision=Full(),
@@ -87,7 +88,11 @@ def step(micro_batches: list[MicroBatch], clip: float | None = None) -> tuple[Te
         step=0,
     )
     loss, norm = train_step(run, micro_batches, wants_norm=True)
-    return loss, norm, nn.utils.parameters_to_vector(model.parameters()) - nn.utils.parameters_to_vector(linear().parameters())
+    return (
+        loss,
+        norm,
+        nn.utils.parameters_to_vector(model.parameters()) - nn.utils.parameters_to_vector(linear().parameters()),
+    )
 
 
 def full_batch() -> tuple[Tensor, Tensor]:
@@ -119,4 +124,6 @@ def test_a_clipped_step_has_the_length_it_was_clipped_to() -> None:
     for clip in (None, 0.1, 100.0):
         _, norm, move = step(whole, clip)
         torch.testing.assert_close(norm, gradient.norm())
-        torch.testing.assert_close(-move, gradient if clip != 0.1 else 0.1 * gradient / gradient.norm(), rtol=1e-5, atol=1e-8)
+        torch.testing.assert_close(
+            -move, gradient if clip != 0.1 else 0.1 * gradient / gradient.norm(), rtol=1e-5, atol=1e-8
+        )

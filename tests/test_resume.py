@@ -12,9 +12,13 @@ from pathlib import Path
 import pytest
 from conftest import Fairexp, Tiny, Trained, interrupted
 
+from fairexp.runtime.preempt import Stop
+
 WORLDS = ("single", "ddp2", "fsdp2", "fsdp4", "hybrid")
 # Long enough to be caught in the middle, with dropout: the generators of every rank must go on where they were.
-DROPOUT = ("model.dropout=0.1", "trainer.max_steps=150", "checkpoint.every=10", "checkpoint.keep_last=2")
+DROPOUT = ("model.dropout=0.1", "trainer.max_steps=150", "trainer.eval_every=50", "checkpoint.keep_last=2")
+# Its batch norms keep statistics that no gradient carries from rank to rank.
+BATCH_NORM = ("model=resnet18", "model.depth=18", "model.width=8", "model.stem=small")
 
 
 def bits(run: Trained) -> dict[int, str]:
@@ -49,7 +53,9 @@ def test_the_same_command_with_more_processes_is_the_same_run(tiny: Tiny) -> Non
 
 
 @pytest.mark.parametrize(
-    ("strategy", "workers"), [("single", 0), ("ddp2", 0), ("fsdp2", 0), ("single", 2)], ids=["single", "ddp2", "fsdp2", "workers"]
+    ("strategy", "workers"),
+    [("single", 0), ("ddp2", 0), ("fsdp2", 0), ("single", 2)],
+    ids=["single", "ddp2", "fsdp2", "workers"],
 )
 def test_ctrl_c_saves_and_the_same_command_goes_on_bit_for_bit(
     tiny: Tiny, fairexp: Fairexp, environment: dict[str, str], tmp_path: Path, strategy: str, workers: int
@@ -58,8 +64,9 @@ def test_ctrl_c_saves_and_the_same_command_goes_on_bit_for_bit(
     words = (*uninterrupted.command, f"runs_dir={tmp_path}", f"trainer.num_workers={workers}")
     path = tmp_path / uninterrupted.path.name
 
-    with subprocess.Popen([sys.executable, "-m", "fairexp", *words], cwd=tmp_path, env=environment, stderr=subprocess.PIPE) as process:
-        metrics = path / "metrics.jsonl"
+    metrics = path / "metrics.jsonl"
+    command = [sys.executable, "-m", "fairexp", *words]
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE) as process:
         while process.poll() is None and not (metrics.exists() and '"step": 8,' in metrics.read_text()):
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
@@ -81,11 +88,34 @@ def test_only_the_last_checkpoints_are_kept(tiny: Tiny) -> None:
     assert checkpoints(tiny("single", *DROPOUT).path) == ["step_00000140", "step_00000150"]
 
 
-def test_a_checkpoint_of_four_shards_evaluates_in_one_process(tiny: Tiny, fairexp: Fairexp) -> None:
-    run = tiny("fsdp4")
+@pytest.mark.parametrize("overrides", [(), BATCH_NORM], ids=["vit", "batch_norm"])
+def test_a_sharded_checkpoint_evaluates_in_one_process_to_what_was_logged(
+    tiny: Tiny, fairexp: Fairexp, overrides: tuple[str, ...]
+) -> None:
+    run = tiny("fsdp2", *overrides)
     ended = fairexp("eval", str(run.path), "--json")
     assert ended.returncode == 0, ended.stderr
     assert json.loads(ended.stdout)["metrics"] == pytest.approx(run.evals[20], rel=1e-5)
+
+
+def test_a_run_that_was_killed_after_its_last_step_still_sums_up(tiny: Tiny, fairexp: Fairexp, tmp_path: Path) -> None:
+    uninterrupted = tiny("single")
+    path = interrupted(uninterrupted, tmp_path, uninterrupted.path / "checkpoints/step_00000020")
+    assert fairexp(*uninterrupted.command, f"runs_dir={tmp_path}").returncode == 0
+    there, here = (json.loads((folder / "summary.json").read_text()) for folder in (uninterrupted.path, path))
+    assert (here["step"], here["final"], here["best"]) == (20, there["final"], there["best"])
+
+
+def test_a_resumed_run_notices_a_signal_at_its_next_step() -> None:
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        stop = Stop()
+        assert not stop.agreed(100_000)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.agreed(100_001), "it took the 100,000 steps before its start for quick ones"
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_a_checkpoint_that_would_run_code_is_refused(tiny: Tiny, fairexp: Fairexp, tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ class Run:
     here: dist.Place
     module: nn.Module  # the model by its own names: for state, never called
     model: nn.Module  # what is called: the module, or the strategy's wrapper around it
+    parameters: dict[str, nn.Parameter]  # the module's; walked once, since a walk costs more than a small step's kernels
     strategy: Strategy
     precision: Precision
     optimizer: torch.optim.Optimizer
@@ -53,11 +54,6 @@ class Run:
     step: int = 0  # optimizer steps done
     final: dict[str, float] = field(default_factory=dict)
     best: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """The model's parameters by name."""
-        return dict(self.module.named_parameters())
 
 
 def build(run_dir: RunDir, config: Mapping[str, Any], here: dist.Place, stop: Stop) -> Run:
@@ -97,6 +93,7 @@ def build(run_dir: RunDir, config: Mapping[str, Any], here: dist.Place, stop: St
         here=here,
         module=module,
         model=model,
+        parameters=dict(module.named_parameters()),
         strategy=strategy,
         precision=precision(trainer.precision, here.device),
         optimizer=optimizer,

@@ -60,9 +60,9 @@ def train_step(run: Run, micro_batches: list[MicroBatch], wants_norm: bool) -> t
     grad_norm = None
     run.precision.unscale(run.optimizer)
     if run.trainer.grad_clip_norm is not None:
-        grad_norm = run.strategy.clip_grad_norm(run.module.parameters(), run.trainer.grad_clip_norm)
+        grad_norm = run.strategy.clip_grad_norm(run.parameters.values(), run.trainer.grad_clip_norm)
     elif wants_norm:
-        grad_norm = run.strategy.grad_norm(run.module.parameters())
+        grad_norm = run.strategy.grad_norm(run.parameters.values())
     factor = run.schedule(run.step)
     for group in run.optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor

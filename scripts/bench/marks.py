@@ -2,46 +2,43 @@
 
 import json
 import os
-import statistics
 import time
 from pathlib import Path
 
 
 class Marks:
-    """Call `after(step)` after every step. After the last one, rank 0 writes `out` and the process ends, as nothing that comes
-    later (evaluation, a checkpoint) belongs to a step.
+    """Call `after(step)` after every step. It notes the end of step 1, hands the machine over after every `every` steps until its
+    next turn, and ends the process after `last` steps: evaluation and a last checkpoint belong to no step.
 
-    CPU is the mean of the steps after the warm-up, which is the first `every` steps; wall is the median of the means over
-    `every` steps, since neighbours on the machine lengthen some of them.
+    OUT gets the notes; OUT.done says that a turn has ended, OUT.go gives the next one. Rank 0 alone notes and waits: the other
+    ranks wait for its gradients.
     """
 
     def __init__(self, out: str, every: int, last: int) -> None:
-        assert last == 1 or last % every == 0
         self.out, self.every, self.last = Path(out), every, last
-        self.first: dict[str, float] = {}
-        self.times: list[tuple[float, float]] = []
+        self.first_rank = os.environ.get("RANK", "0") == "0"
+        self.notes: dict[str, float] = {}
+        self.turns: list[tuple[float, float]] = []  # wall and CPU seconds of each
+        self.began = (0.0, 0.0)
+        if last > 1 and self.first_rank:
+            self.done, self.go = os.open(f"{out}.done", os.O_WRONLY), os.open(f"{out}.go", os.O_RDONLY)
 
     def after(self, step: int) -> None:
-        """Notes the time at the end of step 1 and at the end of every `every`-th step."""
+        """What is due after this step."""
         if step == 1:
-            self.first = {"first_step_at": time.monotonic(), "first_step_cpu": tree_cpu_s()}
-        if step % self.every == 0:
-            self.times.append((time.perf_counter(), time.process_time()))
+            self.notes = {"first_step_at": time.monotonic(), "first_step_cpu": tree_cpu_s()}
+        if step % self.every == 0 and step > 1 and self.first_rank:
+            self.turns.append((time.perf_counter() - self.began[0], time.process_time() - self.began[1]))
+            if step < self.last:
+                os.write(self.done, b".")
+                os.read(self.go, 1)
+                self.began = (time.perf_counter(), time.process_time())
         if step == self.last:
-            if os.environ.get("RANK", "0") == "0":
-                draft = self.out.with_suffix(".partial")
-                draft.write_text(json.dumps(self.first | self.steps()))
-                draft.rename(self.out)
+            if self.first_rank:
+                self.out.write_text(json.dumps({**self.notes, "turns": self.turns[1:]}))  # the first one was the warm-up
+                if step > 1:
+                    os.write(self.done, b".")
             os._exit(0)
-
-    def steps(self) -> dict[str, float]:
-        """Microseconds a step; {} where only step 1 was asked for."""
-        if len(self.times) < 2:
-            return {}
-        (wall_0, cpu_0), (_, cpu_1) = self.times[0], self.times[-1]
-        walls = [wall for wall, _ in self.times]
-        wall = statistics.median(b - a for a, b in zip([wall_0, *walls[1:]], walls[1:], strict=False))
-        return {"wall": wall / self.every * 1e6, "cpu": (cpu_1 - cpu_0) / (len(self.times) - 1) / self.every * 1e6}
 
 
 def tree_cpu_s() -> float:
