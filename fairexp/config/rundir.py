@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -100,7 +101,7 @@ def create(
     """A new run folder with the frozen config, the command line, how to launch it and the state of the code; it appears whole
     or not at all.
 
-    FileExistsError: another process has just made the same run.
+    OSError: the folder exists, or can't be made.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}")
@@ -115,5 +116,9 @@ def create(
     run = RunDir(draft)
     (run.submit / "launch.json").write_text(json.dumps(launch, indent=1) + "\n", encoding="utf-8")
     run.set_status(state="queued", step=0, attempts=0, created=time.time())
-    os.rename(draft, path)  # onto a folder that is not empty: FileExistsError (ENOTEMPTY)
+    try:
+        os.rename(draft, path)  # onto a folder that is not empty: ENOTEMPTY
+    except OSError:
+        shutil.rmtree(draft)
+        raise
     return RunDir(path)

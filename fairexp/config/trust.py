@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection
 
 # Classes and pure functions of tensors. Not torch itself: torch.load and torch.hub.load run code out of a file.
@@ -16,7 +17,7 @@ def is_trusted(dotted: str, trusted: Collection[str]) -> bool:
 def refusal(dotted: str) -> str:
     """Why the name isn't called, and what to do."""
     package = dotted.partition(".")[0]
-    return (
-        f"'{dotted}' is not called: configs may name {', '.join(ALWAYS)} and packages in the working folder; "
-        f"if you trust everything in {package}, add --trust {package}"
-    )
+    allowed = f"'{dotted}' is not called: configs may name {', '.join(ALWAYS)} and packages in the working folder"
+    if package in (*sys.stdlib_module_names, "torch"):
+        return allowed
+    return f"{allowed}; if you trust everything in {package}, add --trust {package}"

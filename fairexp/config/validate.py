@@ -23,7 +23,8 @@ GIVEN_LATER: dict[str, tuple[str, ...]] = {
     "tracker": ("run_dir", "run_id", "name", "config", "resumed"),
 }
 TARGETS = ("model", "task", "optimizer", "schedule", "strategy", "tracker", "loop")  # sections that are one object
-COUNTS = ("depth", "width", "num_heads", "hidden")  # with every *_size and num_*: at least one
+# with every *_size: at least one. Not every num_*: a model may have no register tokens, a reader no workers
+COUNTS = ("depth", "width", "hidden", "num_heads", "num_layers", "num_blocks", "num_classes", "num_samples")
 RATES = {
     **dict.fromkeys(("lr", "weight_decay", "momentum", "eps"), schema.Bound(0)),
     **dict.fromkeys(("dropout", "label_smoothing"), schema.Bound(0, 1)),
@@ -104,8 +105,7 @@ def numbers(composed: Composed, node: Any, prefix: str = "") -> Iterator[str]:
             yield f"{composed.at(dotted)}: takes a finite number, got {value}"
         elif dotted.partition(".")[0] not in schema.SECTIONS:
             name = str(key) if isinstance(node, Mapping) else prefix.rstrip(".").rpartition(".")[2]
-            is_count = name in COUNTS or name.endswith("_size") or name.startswith("num_")
-            bound = schema.Bound(1) if is_count else RATES.get(name)
+            bound = schema.Bound(1) if name in COUNTS or name.endswith("_size") else RATES.get(name)
             if bound and not bound.holds(value):
                 yield f"{composed.at(dotted)}: takes a number {bound}, got {value}"
 

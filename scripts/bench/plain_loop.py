@@ -32,7 +32,9 @@ def main() -> None:
     parser.add_argument("--out", help="file for the times")
     parser.add_argument("--every", type=int, default=50)
     parser.add_argument("--last", type=int, default=800)
-    parser.add_argument("--same-as", help="start and order of a recorded fairexp run: prints how far the final weights are")
+    parser.add_argument(
+        "--same-as", help="start and order of a recorded fairexp run: prints how far the final weights are"
+    )
     args = parser.parse_args()
     recorded = torch.load(args.same_as) if args.same_as else None
 
@@ -60,7 +62,9 @@ def main() -> None:
         train(model, optimizer, batches(digits, args.batch_size), Marks(args.out, args.every, args.last), args.last)
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, batches: Iterator[Any], marks: Marks | None, steps: int) -> None:
+def train(
+    model: nn.Module, optimizer: torch.optim.Optimizer, batches: Iterator[Any], marks: Marks | None, steps: int
+) -> None:
     for step, (images, labels) in enumerate(itertools.islice(batches, steps), start=1):
         loss = F.cross_entropy(model(images), labels)
         optimizer.zero_grad()

@@ -1,4 +1,5 @@
-"""fairexp's own loop with clock marks, for `loop._target_`. `fit` itself is not touched: what it asks after each step is the mark."""
+"""fairexp's own loop with clock marks, for `loop._target_`. `fit` itself is not touched: the marks are in what it asks after each
+step, whether to stop."""
 
 import itertools
 from collections.abc import Iterator
