@@ -1,7 +1,7 @@
 """The vision transformer (Dosovitskiy et al. 2021, arXiv:2010.11929), pre-norm with learned positions.
 
-Parameter names are those of timm and DeiT, so their state dicts load. Initialisation is DeiT's (Touvron et al. 2021,
-arXiv:2012.12877), but for the patches, where it is the original's.
+Parameter names are those of timm and DeiT, so their state dicts load. Initialisation is the original's: Xavier's for
+the blocks' linear layers, but DeiT's (Touvron et al. 2021, arXiv:2012.12877) small random head.
 """
 
 from typing import Literal
@@ -128,5 +128,8 @@ class ViT(nn.Module):
             # Each patch passes through a linear layer of fan_in = channels * patch_size**2. Small patches have a small
             # fan_in, so a fixed std of 0.02 would make their tokens vanish beside the positions.
             nn.init.trunc_normal_(tensor, std=tensor[0].numel() ** -0.5)
-        else:  # linear layers, positions and class token
+        elif name.startswith("blocks."):
+            # as in the first ViT and in MAE; a fixed std of 0.02 is right for widths near 1,000 and far too small for 100
+            nn.init.xavier_uniform_(tensor)
+        else:  # positions, class token and head
             nn.init.trunc_normal_(tensor, std=0.02)
