@@ -125,6 +125,7 @@ def train(arguments: Sequence[str]) -> int:
 def hydra_answers(arguments: Sequence[str]) -> int:
     """Hydra's own printing flags, answered by Hydra's own program on our configs."""
     import re
+    import warnings
 
     import hydra
 
@@ -133,6 +134,7 @@ def hydra_answers(arguments: Sequence[str]) -> int:
     ours = ("--fresh", "--json")
     words = [re.sub(r"^\+(experiment|debug)=", r"\1=", word) for word in arguments if word not in ours]
     sys.argv = ["fairexp train", *words]
+    warnings.filterwarnings("ignore", message="The version_base parameter")  # hydra-core 1.4 announces 1.5
     try:
         hydra.main(version_base="1.3", config_path=str(OUR_CONFIGS), config_name="train")(lambda config: None)()
     except SystemExit as error:

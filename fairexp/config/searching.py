@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,9 @@ from hydra.core.global_hydra import GlobalHydra
 @contextmanager
 def searching(config_dirs: Sequence[Path]) -> Iterator[None]:
     """Inside, hydra.compose searches the folders in order; the later ones as Hydra's own --config-dir adds them."""
-    version.setbase("1.3")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # hydra-core 1.4 announces that 1.5 won't take a version base
+        version.setbase("1.3")
     primary, *others = config_dirs
     path = create_config_search_path(str(primary))
     for folder in others:

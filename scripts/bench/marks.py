@@ -14,8 +14,8 @@ class Marks:
     ranks wait for its gradients.
     """
 
-    def __init__(self, out: str, every: int, last: int) -> None:
-        self.out, self.every, self.last = Path(out), every, last
+    def __init__(self, out: str, every: int, last: int, num_parameters: int) -> None:
+        self.out, self.every, self.last, self.num_parameters = Path(out), every, last, num_parameters
         self.first_rank = os.environ.get("RANK", "0") == "0"
         self.notes: dict[str, float] = {}
         self.turns: list[tuple[float, float]] = []  # wall and CPU seconds of each
@@ -36,7 +36,9 @@ class Marks:
         if step == self.last:
             if self.first_rank:
                 measured = self.turns[1:]  # the first was the warm-up
-                self.out.write_text(json.dumps({**self.notes, "turns": measured}))
+                self.out.write_text(
+                    json.dumps({**self.notes, "num_parameters": self.num_parameters, "turns": measured})
+                )
                 if step > 1:
                     os.write(self.done, b".")
             os._exit(0)

@@ -44,7 +44,9 @@ def main() -> None:
     if args.model == "mlp":
         model = MLP(image_size=8, in_channels=1, hidden=[128, 128], num_classes=10)
     else:
-        model = ViT(image_size=8, patch_size=2, in_channels=1, num_classes=10, width=128, depth=4, num_heads=4)
+        model = ViT(
+            image_size=8, patch_size=2, in_channels=1, num_classes=10, width=96, depth=4, num_heads=4, pool="mean"
+        )
     if recorded:
         model.load_state_dict(recorded["start"])
     if WORLD_SIZE > 1:
@@ -59,7 +61,9 @@ def main() -> None:
         print(max(map(float, differences)))
     else:
         batches = tuned_batches if args.tuned else default_batches
-        train(model, optimizer, batches(digits, args.batch_size), Marks(args.out, args.every, args.last), args.last)
+        num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        marks = Marks(args.out, args.every, args.last, num_parameters)
+        train(model, optimizer, batches(digits, args.batch_size), marks, args.last)
 
 
 def train(

@@ -20,8 +20,12 @@ def timed(run: Run, out: str, every: int, last: int, loader: str = "own") -> Non
     if loader == "torch":
         digits = run.fetch_training.dataset
         dataset = TensorDataset(digits.images, digits.labels)
-        run.fetch_training = FromLoader(DataLoader(dataset, run.trainer.global_batch_size, shuffle=True))  # type: ignore[assignment]
-    run.stop = Marked(run.stop, Marks(out, every, last))  # type: ignore[assignment]
+        loader_of_torch = DataLoader(dataset, run.trainer.global_batch_size, shuffle=True)
+        run.fetch_training = FromLoader(loader_of_torch)  # type: ignore[assignment]
+        anything = next(run.training.steps(0))  # the DataLoader has its own order
+        run.training.steps = lambda first_step: itertools.repeat(anything)  # type: ignore[method-assign]
+    num_parameters = sum(parameter.numel() for parameter in run.module.parameters())
+    run.stop = Marked(run.stop, Marks(out, every, last, num_parameters))  # type: ignore[assignment]
     fit(run)
 
 
