@@ -1,5 +1,6 @@
 """The UCI handwritten digits that ship with the package: real images for a first run and for tests, no download."""
 
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -12,6 +13,12 @@ NUM_TRAIN = 1437
 MEAN, STD = 0.3054, 0.3755  # of the train split, pixels in 0..1
 
 
+@cache
+def scans() -> Tensor:
+    """All 1,797 rows: 64 pixels in 0..16, then the class."""
+    return torch.from_numpy(np.loadtxt(FILE, np.float32, delimiter=","))
+
+
 class Digits:
     """1,437 (train) or 360 (test) scans of digits, float32 [1, 8, 8], normalised to mean 0 and std 1; classes 0-9.
 
@@ -22,8 +29,7 @@ class Digits:
     def __init__(self, split: Literal["train", "test"]) -> None:
         if split not in ("train", "test"):
             raise ValueError(f"split={split!r}: Digits has train and test")
-        table = torch.from_numpy(np.loadtxt(FILE, np.float32, delimiter=","))  # 64 pixels in 0..16, then the class
-        table = table[:NUM_TRAIN] if split == "train" else table[NUM_TRAIN:]
+        table = scans()[:NUM_TRAIN] if split == "train" else scans()[NUM_TRAIN:]
         self.images = (table[:, :64].reshape(-1, 1, 8, 8) / 16 - MEAN) / STD
         self.labels = table[:, 64].long()
 

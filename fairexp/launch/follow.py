@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import signal
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -26,6 +29,7 @@ def follow(run_dir: RunDir, attempt: int) -> int:
         number: signal.signal(number, lambda number, frame: interrupts.append(number))
         for number in (signal.SIGINT, signal.SIGTERM)
     }
+    gc.enable()  # this may take days
     told = 0
     rows = Tail(run_dir.metrics_file)
     output = Tail(run_dir.logs / f"rank_0.attempt_{attempt}.log")
@@ -51,6 +55,29 @@ def follow(run_dir: RunDir, attempt: int) -> int:
         for number, handler in before.items():
             signal.signal(number, handler)
     return ENDED[status["state"]]
+
+
+@contextlib.contextmanager
+def lines_beside(run_dir: RunDir) -> Iterator[None]:
+    """Inside, a thread shows the log records of the run that this very process executes."""
+    rows, shown, over = Tail(run_dir.metrics_file), Lines(), threading.Event()
+
+    def show() -> None:
+        for line in rows.lines():
+            shown.row(json.loads(line), run_dir.status().get("max_steps"))
+
+    def watch() -> None:
+        while not over.wait(0.2):
+            show()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        show()
 
 
 def last_words(run_dir: RunDir) -> list[str]:

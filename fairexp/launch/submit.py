@@ -43,13 +43,15 @@ def _not_for_us(*numbers: int) -> Iterator[None]:
 
 def run_inline(run_dir: RunDir) -> int:
     """Runs the one rank in this process, for a debugger; its exit code."""
+    from fairexp.launch.follow import lines_beside
     from fairexp.launch.job import conclude, variables
 
     os.environ.update(variables(run_dir.launch()))
     run_dir.set_status(state="running", attempts=run_dir.status()["attempts"] + 1, pid=os.getpid())
     from fairexp.runtime import worker
 
-    return conclude(run_dir, {0: worker.main(run_dir)})
+    with lines_beside(run_dir):
+        return conclude(run_dir, {0: worker.main(run_dir)})
 
 
 def plan(launcher: Launcher, owner: int | None, trusted: list[str], sys_path: list[str]) -> dict:

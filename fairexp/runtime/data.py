@@ -11,9 +11,8 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -37,8 +36,7 @@ class BatchDataset(Protocol):
     def __getitems__(self, indices: Tensor) -> Any: ...
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """One micro batch's samples on one rank. `weight` of them count: none, where a rank has no sample and sends a copy.
     `share`: of the global batch's mean, times the world size, by which DDP and FSDP divide."""
 
@@ -48,8 +46,7 @@ class Part:
     epoch: int
 
 
-@dataclass(frozen=True)
-class MicroBatch:
+class MicroBatch(NamedTuple):
     """A rank's samples of one forward pass, on its device."""
 
     batch: Any
@@ -57,16 +54,22 @@ class MicroBatch:
     share: float
 
 
-def split(indices: Tensor, here: Place, micro_batch_size: int, epoch: int) -> list[Part]:
-    """This rank's micro batches of a global batch. Every rank gets the same number of them: a rank short of samples would
-    leave the others waiting in a collective."""
-    start, stop = (len(indices) * rank // here.world_size for rank in (here.rank, here.rank + 1))
-    largest = -(-len(indices) // here.world_size)
+def split(order: Tensor, begin: int, end: int, here: Place, micro_batch_size: int, epoch: int) -> list[Part]:
+    """This rank's micro batches of the global batch order[begin:end]. Every rank gets the same number of them: a rank short of
+    samples would leave the others waiting in a collective."""
+    size = end - begin
+    mine = begin + size * here.rank // here.world_size
+    num_mine = begin + size * (here.rank + 1) // here.world_size - mine
+    largest = -(-size // here.world_size)
     count = -(-largest // micro_batch_size)
-    mine = indices[start:stop]
-    parts = [mine[len(mine) * k // count : len(mine) * (k + 1) // count] for k in range(count)]
-    scale = here.world_size / len(indices)
-    return [Part(part if len(part) else indices[:1], len(part), len(part) * scale, epoch) for part in parts]
+    scale = here.world_size / size
+    parts = []
+    for k in range(count):
+        first, last = mine + num_mine * k // count, mine + num_mine * (k + 1) // count
+        weight = last - first
+        # one slice of the order a part: of a small step's time each is a percent
+        parts.append(Part(order[first:last] if weight else order[begin : begin + 1], weight, weight * scale, epoch))
+    return parts
 
 
 class TrainingOrder:
@@ -90,7 +93,8 @@ class TrainingOrder:
         while True:
             order = self.permutation(epoch)
             for start in range(within * self.global_batch_size, self.length, self.global_batch_size):
-                yield split(order[start : start + self.global_batch_size], self.here, self.micro_batch_size, epoch)
+                end = min(start + self.global_batch_size, self.length)
+                yield split(order, start, end, self.here, self.micro_batch_size, epoch)
             epoch, within = epoch + 1, 0
 
 
@@ -99,7 +103,9 @@ def evaluation_order(length: int, batch_size: int, here: Place) -> list[Part]:
     indices = torch.arange(length)
     size = batch_size * here.world_size
     return [
-        part for start in range(0, length, size) for part in split(indices[start : start + size], here, batch_size, 0)
+        part
+        for start in range(0, length, size)
+        for part in split(indices, start, min(start + size, length), here, batch_size, epoch=0)
     ]
 
 
@@ -190,6 +196,7 @@ class Batches:
                     sampler=_Keys(lambda: (part for step in order.steps(first_step) for part in step)),  # type: ignore[arg-type]
                     num_workers=num_workers,
                     collate_fn=_identity,
+                    generator=torch.Generator(),  # the loader draws its base seed: not from the dropout masks' generator
                     worker_init_fn=partial(_die_with, os.getpid()),
                     pin_memory=here.device.type == "cuda",
                 )

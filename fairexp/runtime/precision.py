@@ -32,11 +32,14 @@ class Precision(Protocol):
         """Takes a checkpoint's state."""
 
 
+NO_CONTEXT = nullcontext()
+
+
 class Full:
     """Float32 throughout."""
 
     def autocast(self) -> AbstractContextManager[None]:
-        return nullcontext()
+        return NO_CONTEXT
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()

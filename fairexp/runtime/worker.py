@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import platform
@@ -42,6 +43,8 @@ def main(run_dir: RunDir) -> int:
         building.track(run)
         announce(run)
         heartbeat.start(run)
+        gc.freeze()  # what start-up made stays: the collector needn't look at it again
+        gc.enable()
         make(config["loop"], run=run)
         code = INTERRUPTED if stop.signal else DONE
     except Exception as error:

@@ -11,6 +11,8 @@ from torch.nn.utils import clip_grad_norm_, get_total_norm
 from fairexp.runtime import init
 from fairexp.runtime.dist import Place
 
+NO_CONTEXT = nullcontext()
+
 
 class Single:
     """The model as it is."""
@@ -22,7 +24,7 @@ class Single:
         return model
 
     def last_micro_batch(self, model: nn.Module, last: bool) -> AbstractContextManager[None]:
-        return nullcontext()
+        return NO_CONTEXT
 
     def grad_norm(self, parameters: Iterable[nn.Parameter]) -> Tensor:
         return get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
