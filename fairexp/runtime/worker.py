@@ -53,8 +53,7 @@ def main(run_dir: RunDir) -> int:
     heartbeat.stop()  # two writers of status.json would lose each other's changes
     if run is not None:
         end(run, code, time.monotonic() - began)
-    if code != FAILED:  # after a failure the siblings may be gone: leaving politely would wait for them
-        dist.leave()
+    dist.leave(here)
     return code
 
 
