@@ -41,7 +41,7 @@ def test_the_loss_scale_goes_on_where_it_was(tiny: Tiny, fairexp: Fairexp, tmp_p
 @pytest.mark.parametrize("strategy", ["ddp2", "ddp4", "fsdp2", "fsdp4", "hybrid"])
 def test_the_logged_norm_is_the_global_batchs_before_clipping(tiny: Tiny, strategy: str) -> None:
     norms = tiny("single").norms
-    assert max(norms.values()) > 1.0, "nothing was clipped"
+    assert max(norms.values()) > 0.4, "nothing was clipped"
     assert tiny(strategy).norms == pytest.approx(norms, rel=1e-4)
 
 
