@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -73,9 +74,11 @@ class RunDir:
             return {}
 
     def set_status(self, **changes: Any) -> None:
-        """Changes keys of status.json, atomically. One process at a time writes: rank 0 while it lives, else its parent."""
-        status = {**self.status(), **changes, "heartbeat": time.time()}
-        write_atomically(self.path / "status.json", json.dumps(status, indent=1) + "\n")
+        """Changes keys of status.json, atomically, also when another process of this machine changes others just now."""
+        with open(self.submit / "status.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            status = {**self.status(), **changes, "heartbeat": time.time()}
+            write_atomically(self.path / "status.json", json.dumps(status, indent=1) + "\n")
 
     def last_rows(self) -> list[dict[str, Any]]:
         """The newest rows of metrics.jsonl: of its last 16 KiB, so that a table of many long runs is quick."""

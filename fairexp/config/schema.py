@@ -130,3 +130,8 @@ def settings(section: type) -> dict[str, Any]:
     """Each field's name and annotation, in order."""
     hints = get_type_hints(section, include_extras=True)
     return {field.name: hints[field.name] for field in fields(section)}
+
+
+def num_ranks(launcher: Launcher, device: str, gpus: int) -> int:
+    """The processes a node that a run gets: what is asked, else one a GPU, one on the CPU."""
+    return launcher.num_processes or (max(gpus, 1) if device != "cpu" else 1)

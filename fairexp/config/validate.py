@@ -184,7 +184,7 @@ def batches(composed: Composed, gpus: int) -> Iterator[str]:
     if (launcher.nodes or 1) > 1:
         yield f"{composed.at('launcher.nodes')}: {launcher.nodes}, but launcher={launcher.kind} has one node"
         return
-    processes = launcher.num_processes or (max(gpus, 1) if trainer.device != "cpu" else 1)
+    processes = schema.num_ranks(launcher, trainer.device, gpus)
     ranks = f"{composed.at('launcher.num_processes')}: {processes}"
     if launcher.kind == "inline" and processes != 1:
         yield f"{ranks}, but launcher=inline is this one process; use launcher=local"

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fairexp.config.rundir import RunDir
-from fairexp.config.schema import Launcher
+from fairexp.config.schema import Launcher, num_ranks
 
 
 def submit(run_dir: RunDir) -> None:
@@ -54,10 +54,10 @@ def run_inline(run_dir: RunDir) -> int:
         return conclude(run_dir, {0: worker.main(run_dir)})
 
 
-def plan(launcher: Launcher, owner: int | None, trusted: list[str], sys_path: list[str]) -> dict:
+def plan(launcher: Launcher, device: str, owner: int | None, trusted: list[str], sys_path: list[str]) -> dict:
     """What launch.json says: everything that the job must know besides the config. Derived values stand here, resolved."""
     devices = visible_gpus()
-    num_processes = launcher.num_processes or max(len(devices), 1)
+    num_processes = num_ranks(launcher, device, len(devices))
     cores = len(os.sched_getaffinity(0))
     return {
         "kind": launcher.kind,

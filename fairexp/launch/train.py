@@ -42,7 +42,7 @@ def train(
         raise UserError(*found)
     config = composed.config
     launcher = schema.read(schema.Launcher, config["launcher"])
-    launch = submit.plan(launcher, owner=os.getpid(), trusted=trusted, sys_path=[str(here)])
+    launch = submit.plan(launcher, config["trainer"]["device"], owner=os.getpid(), trusted=trusted, sys_path=[str(here)])
     path = folder(config, fresh)
     try:
         run_dir = rundir.create(path, config, shlex.join(["fairexp", *sys.argv[1:]]), launch, code_state(here))

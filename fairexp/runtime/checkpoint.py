@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fairexp.config.rundir import RunDir, write_atomically
 from fairexp.errors import RunError
+from fairexp.runtime.dist import share_buffers
 
 if TYPE_CHECKING:
     from fairexp.runtime.build import Run
@@ -43,6 +44,7 @@ def save(run: Run) -> None:
     if run.here.first and draft.exists():
         shutil.rmtree(draft)  # what a killed save left
     _barrier()
+    share_buffers(run.module)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="torch.distributed")
         dcp.save(_tensors(run), checkpoint_id=draft, no_dist=not dist.is_initialized())
@@ -85,7 +87,7 @@ def load(run: Run, folder: Path) -> None:
     _load_optimizer(run, optimizer_state, scalars["param_groups"])
     _set_random_state({key.rpartition(".")[2]: tensor for key, tensor in wanted.items() if key.startswith("rng.")})
     run.precision.load(scalars["precision"])
-    run.step = scalars["step"]
+    run.step, run.final, run.best = scalars["step"], scalars["final"], scalars["best"]
 
 
 def _tensors(run: Run) -> dict[str, Tensor]:
@@ -114,6 +116,8 @@ def _scalars(run: Run) -> dict[str, Any]:
         "world_size": run.here.world_size,
         "precision": run.precision.state(),
         "param_groups": groups,
+        "final": run.final,
+        "best": run.best,
         "torch": torch.__version__,
     }
 

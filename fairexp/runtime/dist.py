@@ -72,6 +72,14 @@ def max_over_ranks(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
+def share_buffers(module: torch.nn.Module) -> None:
+    """Gives every rank rank 0's buffers: each rank's batch norms have seen other samples, and a run has one evaluation and
+    one checkpoint. DDP does so before each forward pass; FSDP never."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        for buffer in module.buffers():
+            dist.broadcast(buffer, src=0)
+
+
 def is_lost_peer(error: Exception) -> bool:
     """Whether a collective failed because another rank has gone: the consequence of an error, not the error."""
     return isinstance(error, RuntimeError) and any(text in str(error) for text in PEER_GONE)

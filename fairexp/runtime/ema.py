@@ -14,7 +14,10 @@ class EMA:
     """`shadow` holds the averaged weights by name, sharded as the model's own."""
 
     def __init__(self, model: nn.Module, decay: float):
+        from torch.distributed.fsdp import FSDPModule  # half a second that only runs with an average pay
+
         self.decay = decay
+        self.sharded = [part for part in model.modules() if isinstance(part, FSDPModule)]
         self.parameters = dict(model.named_parameters())
         self.shadow = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
 
@@ -35,6 +38,8 @@ class EMA:
 
     @torch.no_grad()
     def _swap(self) -> None:
+        for part in self.sharded:
+            part.reshard()  # the root stays gathered after an evaluation: the next forward pass would use those weights
         for weight, average in zip(_local(self.parameters), _local(self.shadow), strict=True):
             held = weight.clone()
             weight.copy_(average)

@@ -142,6 +142,7 @@ def evaluate_and_log(run: Run) -> None:
 def evaluate(run: Run) -> dict[str, float]:
     """The task's loss and metrics over the evaluation set: means in which each sample counts exactly once, on any world size."""
     run.model.eval()
+    dist.share_buffers(run.module)
     if run.ema:
         with run.ema.applied():
             sums = _sum_over_evaluation_set(run)

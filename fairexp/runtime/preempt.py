@@ -23,7 +23,7 @@ class Stop:
     def __init__(self) -> None:
         self.signal = 0
         self._look_at = 0
-        self._looked = (0, time.monotonic())
+        self._looked: tuple[int, float] | None = None  # at which step, when
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._notice)
         # blocked by the process that started the ranks: one that came meanwhile is delivered now
@@ -37,9 +37,9 @@ class Stop:
         """Whether all ranks stop after this step; all call it after every step."""
         if step < self._look_at:
             return False
-        last_step, last_time = self._looked
-        now = time.monotonic()
-        step_time = (now - last_time) / max(step - last_step, 1)
+        step_time = LOOK_EVERY_S  # of the first look nothing is known: look again at the next step
+        if self._looked:
+            step_time = (time.monotonic() - self._looked[1]) / (step - self._looked[0])
         worst = dist.max_over_ranks(torch.tensor([float(self.signal), step_time], dtype=torch.float64))
         self.signal, step_time = int(worst[0]), float(worst[1])
         self._looked = (step, time.monotonic())
