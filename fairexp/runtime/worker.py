@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from fairexp.config.rundir import RunDir, write_atomically
-from fairexp.errors import DONE, FAILED, INTERRUPTED, RunError
+from fairexp.errors import DONE, FAILED, INTERRUPTED, RunError, UserError
 from fairexp.runtime import build as building
 from fairexp.runtime import dist, loop
 from fairexp.runtime.make import make, trust
@@ -119,7 +119,7 @@ def record_error(run_dir: RunDir, here: dist.Place, error: Exception) -> None:
     peer = dist.is_lost_peer(error)
     if peer:
         text, trace = f"rank {here.rank} lost another rank in a collective; that rank's log says why", ""
-    elif isinstance(error, RunError):
+    elif isinstance(error, RunError | UserError):
         text, trace = str(error), ""
     else:
         text, trace = f"{type(error).__name__}: {error}", traceback.format_exc()
