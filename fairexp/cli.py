@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from fairexp.errors import WRONG, UserError
+from fairexp.errors import FAILED, WRONG, UserError
+
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # the machine's fault, told in a line
 
 HELP = """\
 fairexp: config-driven experiments for PyTorch
@@ -70,6 +73,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `fairexp list | head`
         return 0
+    except OSError as error:
+        if error.errno not in DISK or os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        print(f"fairexp: {error.filename}: {error.strerror}; the same command goes on when that is mended", file=sys.stderr)
+        return FAILED
 
 
 def help_text() -> str:

@@ -342,3 +342,17 @@ def test_the_run_is_another_with(override: str) -> None:
 
 def test_an_experiment_is_the_same_run_with_and_without_a_plus() -> None:
     assert identity("experiment=vit_digits") == identity("+experiment=vit_digits")
+
+
+@pytest.mark.parametrize(("limit", "code"), [(1000, 2), (1700, 1)])
+def test_a_disk_that_takes_no_more_is_one_line_and_nothing_half_made(tmp_path: Path, limit: int, code: int) -> None:
+    # a limit on the size of a file fails as a full disk does; at 1,000 bytes config.yaml doesn't fit, later environment.json
+    program = f"import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); from fairexp.cli import main"
+    words = ["train", "model=mlp", "launcher=inline", "tracker=none", "trainer.max_steps=2", "trainer.device=cpu"]
+    command = [sys.executable, "-c", f"{program}; sys.exit(main({words!r}))"]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert ended.returncode == code, ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert "File too large" in ended.stderr
+    if code == 2:
+        assert list((tmp_path / "runs").iterdir()) == []

@@ -14,16 +14,18 @@ from typing import Any
 
 import yaml
 
-STATES = ("queued", "running", "finished", "failed", "preempted", "cancelled", "interrupted")
-
 
 def write_atomically(path: Path, text: str) -> None:
     """The file holds `text`, or what it held before: also after a crash in the middle."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:  # a full disk
+        temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from None
     os.replace(temporary, path)
 
 
@@ -108,20 +110,20 @@ def create(
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}")
-    (draft / "code").mkdir(parents=True)
-    text = yaml.dump(dict(config), Dumper=yaml.CSafeDumper, sort_keys=False, allow_unicode=True, width=120)
-    (draft / "config.yaml").write_text(text, encoding="utf-8")
-    (draft / "command.txt").write_text(command + "\n", encoding="utf-8")
-    for name, content in code.items():
-        (draft / "code" / name).write_text(content, encoding="utf-8", errors="surrogateescape")
-    for folder in ("logs", "checkpoints", "submit"):
-        (draft / folder).mkdir()
-    run = RunDir(draft)
-    (run.submit / "launch.json").write_text(json.dumps(launch, indent=1) + "\n", encoding="utf-8")
-    run.set_status(state="queued", step=0, attempts=0, created=time.time())
     try:
+        (draft / "code").mkdir(parents=True)
+        text = yaml.dump(dict(config), Dumper=yaml.CSafeDumper, sort_keys=False, allow_unicode=True, width=120)
+        (draft / "config.yaml").write_text(text, encoding="utf-8")
+        (draft / "command.txt").write_text(command + "\n", encoding="utf-8")
+        for name, content in code.items():
+            (draft / "code" / name).write_text(content, encoding="utf-8", errors="surrogateescape")
+        for folder in ("logs", "checkpoints", "submit"):
+            (draft / folder).mkdir()
+        run = RunDir(draft)
+        (run.submit / "launch.json").write_text(json.dumps(launch, indent=1) + "\n", encoding="utf-8")
+        run.set_status(state="queued", step=0, attempts=0, created=time.time())
         os.rename(draft, path)  # onto a folder that is not empty: ENOTEMPTY
     except OSError:
-        shutil.rmtree(draft)
+        shutil.rmtree(draft, ignore_errors=True)  # a full disk, too, leaves nothing half-made
         raise
     return RunDir(path)

@@ -32,6 +32,8 @@ TRANSPARENT |= {"no_grad", "enable_grad", "inference_mode", "total_ordering"}
 
 @dataclass(frozen=True)
 class Parameter:
+    """One argument as the source writes it."""
+
     required: bool
     annotation: str | None
     default: str | None

@@ -99,7 +99,7 @@ def leave(here: Place) -> None:
     """Ends the process group of a process that lives on (launcher=inline).
 
     Ranks that end with the run don't call it: gloo's threads free their work while destroy_process_group waits for them with
-    the GIL that they need (one run in some fifty hung). They leave by os._exit, which nothing can block.
+    the GIL that they need (two of some 230 runs hung). They leave by os._exit, which nothing can block.
     """
     if dist.is_initialized() and here.world_size == 1:
         dist.destroy_process_group()
