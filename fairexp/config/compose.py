@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -60,10 +60,21 @@ class Composed:
 
 def compose(overrides: Sequence[str], config_dirs: Sequence[Path] = (), config_name: str = "train") -> Composed:
     """The resolved config. UserError with every problem: unknown keys and options, wrong grammar, `???` left open."""
+    return compose_tree(parse(overrides), config_folders(config_dirs), config_name)[1]
+
+
+def config_folders(config_dirs: Sequence[Path]) -> tuple[Path, ...]:
+    """Our configs and the user's. UserError where one is missing."""
     folders = (OUR_CONFIGS, *(folder.absolute() for folder in config_dirs))
     if missing := [f"--config-dir {folder}: no such folder" for folder in folders if not folder.is_dir()]:
         raise UserError(*missing)
-    parsed = parse(overrides)
+    return folders
+
+
+def compose_tree(
+    parsed: Sequence[Override], folders: tuple[Path, ...], config_name: str
+) -> tuple[DictConfig, Composed]:
+    """The composed config before and after its interpolations are resolved."""
     overrides = tuple(str(override.input_line) for override in parsed)
     with searching(folders), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".* is not available")  # a folder of hydra.searchpath: an error below
@@ -77,32 +88,47 @@ def compose(overrides: Sequence[str], config_dirs: Sequence[Path] = (), config_n
         choices = dict(tree.hydra.runtime.choices)
         with open_dict(tree):
             del tree["hydra"]
-    composed = Composed({}, choices, overrides, folders, config_name)
+    return tree, resolved(tree, Composed({}, choices, overrides, folders, config_name))
+
+
+def resolved(tree: DictConfig, composed: Composed) -> Composed:
+    """The tree's plain values, with a name; `composed` says how the tree came about. UserError for each `???` left open."""
     problems = list(unresolved(tree, composed))
     if problems:
         raise UserError(*problems)
     config = OmegaConf.to_container(tree, resolve=True)
     assert isinstance(config, dict)
     if config.get("name") is None:
+        choices = composed.choices
         name = choices.get("experiment") or f"{choices.get('model')}_{choices.get('dataset')}"
         config["name"] = name.replace("/", "_")  # an option may lie in a folder of its group
-    return Composed({str(key): value for key, value in config.items()}, choices, overrides, folders, config_name)
+    return replace(composed, config={str(key): value for key, value in config.items()})
 
 
 def parse(overrides: Sequence[str]) -> list[Override]:
-    """The overrides as Hydra's parser reads them, `+experiment=x` as `experiment=x`."""
-    parser = OverridesParser.create()
+    """The overrides of one run as Hydra's parser reads them, `+experiment=x` as `experiment=x`."""
+    parsed = parse_sweep(overrides, OverridesParser.create())
+    if problems := [
+        f"{override.input_line}: names several values; add -m for a run of each, or quote it if it is one value"
+        for override in parsed
+        if override.is_sweep_override()
+    ]:
+        raise UserError(*problems)
+    return parsed
+
+
+def parse_sweep(overrides: Sequence[str], parser: OverridesParser) -> list[Override]:
+    """As `parse`; an override may name several values."""
     parsed, problems = [], []
     for text in overrides:
         try:
             override = parser.parse_override(re.sub(rf"^\+({'|'.join(PRESETS)})=", r"\1=", text))
+            override.config_loader = parser.config_loader  # a glob asks it for the group's options
             if not override.key_or_group:
                 raise HydraException("no key")
         except HydraException as error:
             problems.append(diagnose.grammar(text, error))
             continue
-        if override.is_sweep_override():
-            problems.append(f"{text}: names several values, and train takes one; quote it if it is one value")
         parsed.append(override)
     if problems:
         raise UserError(*problems)

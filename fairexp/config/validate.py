@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +60,9 @@ def sections(composed: Composed) -> Iterator[str]:
     for key in (key for key in choices if key not in config):
         yield f"{key}: missing{nearest('', groups(composed.config_dirs).get(key, []))}"
     yield from _section(composed, schema.Scalars, {key: config[key] for key in scalars if key in config}, "")
-    for name, section in schema.SECTIONS.items():
+    for name in schema.SECTIONS:
         if isinstance(config.get(name), Mapping):
-            yield from _section(composed, section, config[name], f"{name}.")
+            yield from _section(composed, schema.section_of(name, config[name]), config[name], f"{name}.")
     for name in (name for name in choices if name in config and not isinstance(config[name], Mapping)):
         yield f"{composed.at(name)}: takes a section, got {schema.shown(config[name])}"
     objects: dict[str, Any] = {name: config[name] for name in TARGETS if name in config}
@@ -127,7 +128,7 @@ def _call(
         yield "_target_", f"{target!r} is not a dotted name"
         return
     try:
-        signature = targets.find(target, [str(working_dir)])
+        signature = _signature(target, str(working_dir))
     except targets.TargetError as error:
         yield "_target_", str(error)
         return
@@ -143,6 +144,12 @@ def _call(
         found.append(f"{signature.name}: 'lr' takes a number, got {node['lr']!r}")
     for problem in found:
         yield next((key for key in node if f"'{key}'" in problem), "_target_"), problem
+
+
+@cache
+def _signature(target: str, working_dir: str) -> targets.Signature:
+    """Read once for all jobs of a sweep."""
+    return targets.find(target, [working_dir])
 
 
 def nodes(node: Any, prefix: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -168,34 +175,36 @@ def lengths(composed: Composed) -> Iterator[str]:
         value = schedule.get(key)
         if isinstance(value, bool) or not isinstance(value, int | float):
             continue  # the signature refuses it
-        where = composed.at(f"schedule.{key}")
         if value < 0 or (isinstance(value, float) and value >= 1):
+            where = composed.at(f"schedule.{key}")
             yield f"{where}: takes steps (int >= 0) or a fraction of the run (float >= 0 and < 1), got {value}"
         elif trainer.max_steps:
             steps += round(value * trainer.max_steps) if isinstance(value, float) else value
             if steps > trainer.max_steps:
+                where = composed.at(f"schedule.{key}")
                 yield f"{where}: {value} makes {steps} steps, but trainer.max_steps is {trainer.max_steps}"
 
 
 def batches(composed: Composed, gpus: int) -> Iterator[str]:
     """Batch sizes against processes, processes against strategy and devices."""
     trainer = _readable(composed, "trainer", schema.Trainer)
-    launcher = _readable(composed, "launcher", schema.Launcher)
-    if (launcher.nodes or 1) > 1:
-        yield f"{composed.at('launcher.nodes')}: {launcher.nodes}, but launcher={launcher.kind} has one node"
+    given = composed.config.get("launcher")
+    section = schema.section_of("launcher", given if isinstance(given, Mapping) else {})
+    launcher: schema.Launcher = _readable(composed, "launcher", section)
+    nodes = launcher.nodes or 1
+    if nodes > 1 and launcher.kind != "slurm":
+        yield f"{composed.at('launcher.nodes')}: {nodes}, but launcher={launcher.kind} has one node"
         return
-    processes = schema.num_ranks(launcher, trainer.device, gpus)
-    ranks = f"{composed.at('launcher.num_processes')}: {processes}"
+    on_node = schema.num_ranks(launcher, trainer.device, gpus)
+    processes = nodes * on_node
     if launcher.kind == "inline" and processes != 1:
-        yield f"{ranks}, but launcher=inline is this one process; use launcher=local"
+        yield f"{composed.at('launcher.num_processes')}: {on_node}, but launcher=inline is this one process; use launcher=local"
     strategy = composed.config.get("strategy")
     strategy = strategy if isinstance(strategy, Mapping) else {}
     if strategy.get("_target_") == "fairexp.runtime.strategies.single.Single" and processes > 1:
-        yield f"{ranks} processes with strategy=single; add strategy=ddp or strategy=fsdp"
-    if trainer.device == "cuda" and gpus == 0:
-        yield f"{composed.at('trainer.device')}: cuda, but this machine shows no GPU; use auto or cpu"
-    elif trainer.device != "cpu" and 0 < gpus < processes:
-        yield f"{ranks}, but this machine shows {gpus} GPU{'s' if gpus > 1 else ''}; or add trainer.device=cpu"
+        places = f"{on_node} on each of {nodes} nodes" if nodes > 1 else f"{on_node} processes"
+        yield f"{composed.at('launcher.num_processes')}: {places} with strategy=single; add strategy=ddp or strategy=fsdp"
+    yield from _devices(composed, launcher, trainer.device, gpus, on_node)
     size = strategy.get("shard_size")
     if isinstance(size, int) and (size < 1 or processes % size):
         divisors = ", ".join(str(n) for n in range(1, processes + 1) if processes % n == 0)
@@ -214,6 +223,22 @@ def batches(composed: Composed, gpus: int) -> Iterator[str]:
             f"{batch // processes} samples a rank of global_batch_size {batch}; nearest global_batch_size: "
             f"{_multiples(batch, processes * micro)}"
         )
+
+
+def _devices(composed: Composed, launcher: schema.Launcher, device: str, gpus: int, on_node: int) -> Iterator[str]:
+    """More ranks than GPUs. `gpus`: what this machine shows; on Slurm what is asked of each node counts instead."""
+    key = "launcher.num_processes"
+    if isinstance(launcher, schema.Slurm):
+        asked = launcher.gpus_per_node or 0
+        if device == "cuda" and asked == 0:
+            yield f"{composed.at('trainer.device')}: cuda, but launcher.gpus_per_node asks for no GPU"
+        elif device != "cpu" and 0 < asked < on_node:
+            yield f"{composed.at(key)}: {on_node}, but launcher.gpus_per_node is {asked}; or add trainer.device=cpu"
+    elif device == "cuda" and gpus == 0:
+        yield f"{composed.at('trainer.device')}: cuda, but this machine shows no GPU; use auto or cpu"
+    elif device != "cpu" and 0 < gpus < on_node:
+        shows = f"this machine shows {gpus} GPU{'s' if gpus > 1 else ''}"
+        yield f"{composed.at(key)}: {on_node}, but {shows}; or add trainer.device=cpu"
 
 
 def _readable(composed: Composed, name: str, section: type[Section]) -> Section:
@@ -237,11 +262,13 @@ def folders(composed: Composed) -> Iterator[str]:
     root = Path(dataset["root"]).expanduser().absolute()
     patterns = [str(pattern) for pattern in dataset.get("expects") or []]
     absent = [pattern for pattern in patterns if next(root.glob(pattern), None) is None]
-    where = composed.at("dataset.root")
     layout = f"; expected there: {', '.join(patterns)}" if patterns else ""
+    if root.is_dir() and not absent:
+        return
+    where = composed.at("dataset.root")
     if not root.is_dir():
         yield f"{where}: {root} is {'a file, not a folder' if root.exists() else 'no folder'}{layout}"
-    elif absent == patterns and absent:
+    elif absent == patterns:
         yield f"{where}: {root} holds nothing of the data{layout}"
-    elif absent:
+    else:
         yield f"{where}: {root} lacks {', '.join(absent)}{layout}"

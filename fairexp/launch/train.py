@@ -41,7 +41,7 @@ def train(
     if found := problems(composed, len(submit.visible_gpus()), trusted, here):
         raise UserError(*found)
     config = composed.config
-    launcher = schema.read(schema.Launcher, config["launcher"])
+    launcher = schema.launcher_of(config)
     launch = submit.plan(launcher, config["trainer"]["device"], owner=os.getpid(), trusted=trusted, sys_path=[str(here)])
     path = folder(config, fresh)
     try:
