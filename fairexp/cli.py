@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from fairexp.errors import FAILED, WRONG, UserError
 
@@ -16,17 +17,30 @@ DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # the machine's f
 HELP = """\
 fairexp: config-driven experiments for PyTorch
 
-  fairexp train [overrides]     run an experiment; the same command resumes it or shows its result
-  fairexp eval RUN [key=value]  evaluate a run's last checkpoint
-  fairexp config [overrides]    print the resolved config, and where each value comes from
-  fairexp list [RUNS_DIR]       the runs: state, step, metrics, age
-  fairexp show RUN              one run: its state, result, and error if it failed
+  fairexp train [overrides]      run an experiment; the same command resumes it or shows its result
+  fairexp train -m key=a,b ...   a sweep: every combination; again: only what is missing (also: sweep=NAME)
+  fairexp list [RUNS]            the runs: state, step, metrics, job, node, age
+  fairexp show RUN               one run: its state, result, and error if it failed
+  fairexp logs RUN [-f]          what its ranks printed
+  fairexp watch RUN              its progress, wherever it runs; a sweep's as a live table
+  fairexp cancel RUNS            end queued and running runs, for good; a running one saves first
+  fairexp requeue RUNS           stop jobs of Slurm and put them back into its queue
+  fairexp compare RUNS           the results side by side; --over seed: mean and 95 % interval
+  fairexp eval RUN [key=value]   evaluate a run's last checkpoint
+  fairexp config [overrides]     print the resolved config, and where each value comes from
+  fairexp doctor [overrides]     what a run here, or on launcher=slurm, would trip over
 
+  RUN is a folder, a name, an id, the beginning of one, or a job; RUNS also a sweep.
   overrides are Hydra's: group=option, key=value, +key=value, ~key
   --config-dir DIR   a folder with more config groups (a paper's own configs/)
   --trust PACKAGE    let configs name classes of an installed package
   --fresh            train: a new run beside the one that these settings have
-  --runs-dir DIR     show, eval: where the runs are; runs
+  --dry-run          train: the jobs, the script and what they ask for; nothing is submitted
+  --follow           train: stay, and show the progress of what was submitted
+  --retry-failed     train -m: submit failed and cancelled runs again
+  --prune            train -m: cancel runs of the sweep that are no longer asked for
+  --state STATE      list: only runs in that state
+  --runs-dir DIR     where the runs are, for the verbs that take RUN; runs
   --step N           eval: the checkpoint of that step; the last one
   --json             one JSON value on stdout, for programs
   --cfg job|hydra|all, --resolve, --info, --hydra-help: answered by Hydra (train)
@@ -36,10 +50,10 @@ groups (fairexp train GROUP=OPTION):
 
 examples:
   fairexp train experiment=vit_digits launcher.num_processes=2
-  fairexp train model=resnet18 model.stem=small optimizer=sgd trainer.max_steps=500
-  fairexp train experiment=vit_digits strategy=fsdp trainer.precision=bf16 launcher.num_processes=2
+  fairexp train experiment=vit_digits strategy=fsdp launcher=slurm launcher.nodes=2 launcher.gpus_per_node=8
+  fairexp train -m model=vit,resnet18 optimizer.lr=1e-3,3e-4 seed='range(0,3)' launcher=slurm
 """
-# Flags that Hydra answers by itself after `train`; -m would need the sweeper.
+# Flags that Hydra answers by itself after `train`.
 HYDRA_FLAGS = ("--cfg", "-c", "--info", "-i", "--help", "-h", "--hydra-help", "--version", "--shell-completion", "-sc")
 
 
@@ -76,7 +90,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in DISK or os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
-        print(f"fairexp: {error.filename}: {error.strerror}; the same command goes on when that is mended", file=sys.stderr)
+        print(
+            f"fairexp: {error.filename}: {error.strerror}; the same command goes on when that is mended",
+            file=sys.stderr,
+        )
         return FAILED
 
 
@@ -114,21 +131,40 @@ def take_flags(
 
 
 def train(arguments: Sequence[str]) -> int:
-    """Composes, validates, freezes and launches a run."""
+    """Composes, validates, freezes and launches a run, or the runs of a sweep."""
     if any(word.partition("=")[0] in HYDRA_FLAGS for word in arguments):
         return hydra_answers(arguments)
-    if any(word in ("-m", "--multirun") for word in arguments):
-        raise UserError("-m: train takes one run at a time")
-    flags, overrides = take_flags(arguments, ("--config-dir", "--config-name", "--trust"), ("--fresh", "--json"))
+    switches = ("--fresh", "--json", "--dry-run", "--follow", "--retry-failed", "--prune", "--multirun", "-m")
+    flags, overrides = take_flags(arguments, ("--config-dir", "--config-name", "--trust"), switches)
+    config_dirs = [Path(folder) for folder in flags.get("--config-dir", [])]
+    config_name = flags.get("--config-name", ["train"])[-1]
+    if "-m" in flags or "--multirun" in flags or any(word.startswith(("sweep=", "sweep.")) for word in overrides):
+        if "--fresh" in flags:
+            raise UserError("--fresh: a sweep has one run of each; another seed makes other runs")
+        from fairexp.launch.sweep import Asked, sweep
+
+        asked = Asked(
+            trusted=flags.get("--trust", []),
+            retry_failed="--retry-failed" in flags,
+            prune="--prune" in flags,
+            follow="--follow" in flags,
+            dry_run="--dry-run" in flags,
+            as_json="--json" in flags,
+        )
+        return sweep(overrides, config_dirs, config_name, asked)
+    if wrong := [flag for flag in ("--retry-failed", "--prune") if flag in flags]:
+        raise UserError(f"{wrong[0]}: is for sweeps; add -m")
     from fairexp.launch.train import train
 
     return train(
         overrides,
-        config_dirs=[Path(folder) for folder in flags.get("--config-dir", [])],
-        config_name=flags.get("--config-name", ["train"])[-1],
+        config_dirs,
+        config_name,
         trusted=flags.get("--trust", []),
         fresh="--fresh" in flags,
         as_json="--json" in flags,
+        follows="--follow" in flags,
+        dry_run="--dry-run" in flags,
     )
 
 
@@ -141,7 +177,7 @@ def hydra_answers(arguments: Sequence[str]) -> int:
 
     from fairexp.config.groups import OUR_CONFIGS
 
-    ours = ("--fresh", "--json")
+    ours = ("--fresh", "--json", "--dry-run", "--follow", "--retry-failed", "--prune", "-m", "--multirun")
     words = [re.sub(r"^\+(experiment|debug)=", r"\1=", word) for word in arguments if word not in ours]
     sys.argv = ["fairexp train", *words]
     warnings.filterwarnings("ignore", message="The version_base parameter")  # hydra-core 1.4 announces 1.5
@@ -167,25 +203,134 @@ def config(arguments: Sequence[str]) -> int:
 
 def list_runs(arguments: Sequence[str]) -> int:
     """Prints a table of the runs."""
-    flags, rest = take_flags(arguments, (), ("--json",))
-    if len(rest) > 1:
-        raise UserError(f"list: takes one folder of runs, got {' '.join(rest)}")
-    if rest and not Path(rest[0]).is_dir():
-        raise UserError(f"list: no such folder: {rest[0]}")
+    flags, rest = take_flags(arguments, ("--state", "--runs-dir"), ("--json",))
+    from fairexp.runs import find, state
     from fairexp.runs.table import show_table
 
-    return show_table(Path(rest[0] if rest else "runs").absolute(), as_json="--json" in flags)
+    if wrong := [word for word in flags.get("--state", []) if word not in state.WORDS]:
+        from fairexp.config.nearest import nearest
+
+        raise UserError(f"--state {wrong[0]}: no such state{nearest(wrong[0], state.WORDS)}")
+    if len(rest) > 1:
+        raise UserError(f"list: takes one folder of runs or one sweep, got {' '.join(rest)}")
+    folder = Path(flags.get("--runs-dir", ["runs"])[-1])
+    labels: dict[str, str] = {}
+    if not rest or (
+        Path(rest[0]).is_dir() and not any((Path(rest[0]) / f"{of}.json").is_file() for of in ("sweep", "status"))
+    ):
+        runs = find.runs((Path(rest[0]) if rest else folder).absolute())
+    else:
+        if os.sep in rest[0] and not Path(rest[0]).exists():
+            raise UserError(f"list: no such folder: {rest[0]}")
+        runs, sweep = find.find_all(rest[0], folder)
+        labels = sweep.labels() if sweep else {}
+    return show_table(runs, flags.get("--state", []), "--json" in flags, labels)
+
+
+def one_run(verb: str, arguments: Sequence[str], values: Sequence[str], switches: Sequence[str]) -> tuple[Any, dict]:
+    """The run that the verb's only word names, and the verb's flags."""
+    flags, rest = take_flags(arguments, ("--runs-dir", *values), switches)
+    if len(rest) != 1:
+        raise UserError(f"{verb}: takes one run, by its folder, name or id; `fairexp list` lists them")
+    from fairexp.runs.find import find
+
+    return find(rest[0], Path(flags.get("--runs-dir", ["runs"])[-1])), flags
 
 
 def show_run(arguments: Sequence[str]) -> int:
     """Prints one run."""
-    flags, rest = take_flags(arguments, ("--runs-dir",), ("--json",))
-    if len(rest) != 1:
-        raise UserError("show: takes one run, by its folder, name or id; `fairexp list` lists them")
-    from fairexp.runs.find import find
+    run, flags = one_run("show", arguments, (), ("--json",))
     from fairexp.runs.table import show_one
 
-    return show_one(find(rest[0], Path(flags.get("--runs-dir", ["runs"])[-1])), as_json="--json" in flags)
+    return show_one(run, as_json="--json" in flags)
+
+
+def show_logs(arguments: Sequence[str]) -> int:
+    """Prints what a run's ranks printed."""
+    run, flags = one_run("logs", arguments, ("--rank", "--attempt"), ("-f", "--follow"))
+    numbers = {}
+    for flag in ("--rank", "--attempt"):
+        text = flags.get(flag, [None])[-1]
+        if text is not None and not text.isdigit():
+            raise UserError(f"{flag}: takes a number, got {text}")
+        numbers[flag] = None if text is None else int(text)
+    from fairexp.runs.logs import logs
+
+    return logs(run, numbers["--rank"], "-f" in flags or "--follow" in flags, numbers["--attempt"])
+
+
+def watch(arguments: Sequence[str]) -> int:
+    """Shows the progress of a run, or of a sweep's runs, until they end."""
+    flags, rest = take_flags(arguments, ("--runs-dir",), ())
+    if len(rest) != 1:
+        raise UserError("watch: takes one run or sweep, by its folder, name or id; `fairexp list` lists them")
+    from fairexp.launch import follow
+    from fairexp.runs.find import find_all
+
+    runs, sweep = find_all(rest[0], Path(flags.get("--runs-dir", ["runs"])[-1]))
+    if sweep:
+        from fairexp.launch.sweep import follow as follow_sweep
+
+        return follow_sweep(sweep)
+    if len(runs) > 1:
+        raise UserError(f"{rest[0]}: several runs: {', '.join(run.path.name for run in runs)}")
+    return follow.watch(runs[0])
+
+
+def several_runs(verb: str, words: Sequence[str], flags: dict[str, list[str]]) -> list[Any]:
+    """The runs that the words name."""
+    if not words:
+        raise UserError(f"{verb}: takes runs, sweeps or jobs; `fairexp list` lists them")
+    from fairexp.runs.find import find_all
+
+    folder = Path(flags.get("--runs-dir", ["runs"])[-1])
+    return list({run.path: run for word in words for run in find_all(word, folder)[0]}.values())
+
+
+def cancel_runs(arguments: Sequence[str]) -> int:
+    """Ends queued and running runs."""
+    flags, rest = take_flags(arguments, ("--runs-dir",), ())
+    runs = several_runs("cancel", rest, flags)
+    from fairexp.launch.control import cancel
+
+    ended = cancel(runs)
+    print(
+        f"{len(ended)} of {len(runs)} runs cancelled" + ("" if ended else ": none was queued or running"),
+        file=sys.stderr,
+    )
+    return 0
+
+
+def requeue_runs(arguments: Sequence[str]) -> int:
+    """Puts jobs back into Slurm's queue."""
+    flags, rest = take_flags(arguments, ("--runs-dir",), ())
+    runs = several_runs("requeue", rest, flags)
+    from fairexp.launch.control import requeue
+
+    done, refused = requeue(runs)
+    for line in (*(f"{run.path.name}: back in the queue" for run in done), *refused):
+        print(line, file=sys.stderr)
+    return FAILED if refused else 0
+
+
+def compare_runs(arguments: Sequence[str]) -> int:
+    """Prints results side by side."""
+    flags, rest = take_flags(arguments, ("--runs-dir", "--over", "--metric"), ("--json",))
+    runs = several_runs("compare", rest, flags)
+    from fairexp.runs.compare import compare
+
+    return compare(runs, flags.get("--over", [None])[-1], flags.get("--metric", []), "--json" in flags)  # type: ignore[arg-type]
+
+
+def examine(arguments: Sequence[str]) -> int:
+    """Looks for what a run would trip over."""
+    flags, overrides = take_flags(arguments, ("--config-dir", "--config-name"), ("--json",))
+    from fairexp.config.compose import compose
+    from fairexp.launch.doctor import doctor
+
+    folders = [Path(folder) for folder in flags.get("--config-dir", [])]
+    config = compose(overrides, folders, flags.get("--config-name", ["train"])[-1]).config
+    return doctor(config["launcher"], config, "--json" in flags)
 
 
 def evaluate(arguments: Sequence[str]) -> int:
@@ -211,4 +356,10 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "config": config,
     "list": list_runs,
     "show": show_run,
+    "logs": show_logs,
+    "watch": watch,
+    "cancel": cancel_runs,
+    "requeue": requeue_runs,
+    "compare": compare_runs,
+    "doctor": examine,
 }

@@ -101,29 +101,52 @@ class RunDir:
 
 
 def create(
-    path: Path, config: Mapping[str, Any], command: str, launch: Mapping[str, Any], code: Mapping[str, str]
+    path: Path,
+    config: Mapping[str, Any],
+    command: str,
+    launch: Mapping[str, Any],
+    code: Mapping[str, str | Path],
+    **status: Any,
 ) -> RunDir:
     """A new run folder with the frozen config, the command line, how to launch it and the state of the code; it appears whole
-    or not at all.
+    or not at all. `code`: texts, or files to share with other runs; `status`: more keys of status.json.
 
     OSError: the folder exists, or can't be made.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        (draft / "code").mkdir(parents=True)
-        text = yaml.dump(dict(config), Dumper=yaml.CSafeDumper, sort_keys=False, allow_unicode=True, width=120)
-        (draft / "config.yaml").write_text(text, encoding="utf-8")
-        (draft / "command.txt").write_text(command + "\n", encoding="utf-8")
-        for name, content in code.items():
-            (draft / "code" / name).write_text(content, encoding="utf-8", errors="surrogateescape")
-        for folder in ("logs", "checkpoints", "submit"):
+        for folder in ("", "code", "logs", "checkpoints", "submit"):
             (draft / folder).mkdir()
         run = RunDir(draft)
+        run.config_file.write_text(as_yaml(config), encoding="utf-8")
+        (draft / "command.txt").write_text(command + "\n", encoding="utf-8")
+        write_code(run, code)
         (run.submit / "launch.json").write_text(json.dumps(launch, indent=1) + "\n", encoding="utf-8")
-        run.set_status(state="queued", step=0, attempts=0, created=time.time())
+        now = time.time()
+        first = {"state": "queued", "step": 0, "attempts": 0, "created": now, **status, "heartbeat": now}
+        (draft / "status.json").write_text(json.dumps(first, indent=1) + "\n", encoding="utf-8")
         os.rename(draft, path)  # onto a folder that is not empty: ENOTEMPTY
     except OSError:
         shutil.rmtree(draft, ignore_errors=True)  # a full disk, too, leaves nothing half-made
         raise
     return RunDir(path)
+
+
+def write_code(run: RunDir, code: Mapping[str, str | Path]) -> None:
+    """Writes the state of the code into the run's folder `code`; a Path is linked: a sweep's runs share one patch."""
+    for name, content in code.items():
+        file = run.path / "code" / name
+        if isinstance(content, Path):
+            file.unlink(missing_ok=True)
+            try:
+                os.link(content, file)
+            except OSError:  # a file system without links
+                shutil.copyfile(content, file)
+        else:
+            file.write_text(content, encoding="utf-8", errors="surrogateescape")
+
+
+def as_yaml(config: Mapping[str, Any]) -> str:
+    """The text of config.yaml."""
+    return yaml.dump(dict(config), Dumper=yaml.CSafeDumper, sort_keys=False, allow_unicode=True, width=120)

@@ -64,6 +64,9 @@ class Sweep:
     swept: tuple[str, ...]
     settings: Settings
     points: list[Point]
+    failures: dict[
+        str, list[str]
+    ]  # what is wrong with the others: each problem, and the labels of the runs that have it
     search: Search | None = None
 
 
@@ -90,7 +93,8 @@ class _Value:
 
 
 def expand(overrides: Sequence[str], config_dirs: Sequence[Path], config_name: str) -> Sweep:
-    """Every run that the command line and the sweep's file name. UserError with each problem of each run, said once."""
+    """Every run that the command line and the sweep's file name, and what is wrong with those that can't be composed.
+    UserError where the sweep itself is wrong."""
     folders = config_folders(config_dirs)
     overrides, settings = _settings(overrides, folders)
     texts = [*(settings.overrides or []), *overrides, *_grid_overrides(settings.grid or {})]
@@ -131,8 +135,7 @@ def expand(overrides: Sequence[str], config_dirs: Sequence[Path], config_name: s
                         failures.setdefault(problem, []).append(label)
                 else:
                     points.append(Point(label, composed.overrides, composed))
-    total = len(points) + len({label for labels in failures.values() for label in labels})
-    return Sweep(name, tuple(values), settings, points) if not failures else _refuse(failures, total)
+    return Sweep(name, tuple(values), settings, points, failures)
 
 
 def blame(failures: Mapping[str, Sequence[str]], total: int) -> list[str]:
@@ -145,10 +148,6 @@ def blame(failures: Mapping[str, Sequence[str]], total: int) -> list[str]:
             which = "; ".join(labels[:3]) + (f"; and {len(labels) - 3} more" if len(labels) > 3 else "")
         lines.append(f"{problem}  [{which}]")
     return lines
-
-
-def _refuse(failures: Mapping[str, Sequence[str]], total: int) -> Sweep:
-    raise UserError(*blame(failures, total))
 
 
 def _settings(overrides: Sequence[str], folders: Sequence[Path]) -> tuple[list[str], Settings]:
@@ -424,10 +423,7 @@ def _search(
             }
         elif not failures:
             raise UserError(f"sweep.sampler={settings.sampler}: takes plain keys, and no key twice")
-    if failures:
-        return _refuse(failures, len(points) + len({label for labels in failures.values() for label in labels}))
-    search = Search(space, group_keys, bases)
-    return Sweep(name, tuple(values), settings, points, search)
+    return Sweep(name, tuple(values), settings, points, failures, Search(space, group_keys, bases))
 
 
 def _is_float_text(override: Override) -> bool:

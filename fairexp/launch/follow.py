@@ -18,8 +18,9 @@ from typing import Any, TextIO
 from fairexp.config.rundir import RunDir
 from fairexp.errors import DONE, FAILED, INTERRUPTED
 from fairexp.launch.job import first_error
+from fairexp.runs.state import LIVE, OVER, alive, state
 
-ENDED = {"finished": DONE, "failed": FAILED, "interrupted": INTERRUPTED}
+ENDED = {"finished": DONE, "failed": FAILED, "interrupted": INTERRUPTED, "cancelled": INTERRUPTED, "lost": FAILED}
 
 
 def follow(run_dir: RunDir, attempt: int) -> int:
@@ -55,6 +56,35 @@ def follow(run_dir: RunDir, attempt: int) -> int:
         for number, handler in before.items():
             signal.signal(number, handler)
     return ENDED[status["state"]]
+
+
+def watch(run_dir: RunDir) -> int:
+    """Shows the progress of a run wherever it runs until it ends, or a Ctrl-C; its exit code."""
+    attempt, output = 0, None
+    rows = Tail(run_dir.metrics_file)
+    try:
+        with view() as shown:
+            told, now, look_at = "", state(run_dir), time.monotonic() + 2.0
+            while True:
+                status = run_dir.status()
+                if time.monotonic() > look_at or status["state"] in OVER:  # a look is a question to the scheduler
+                    now, look_at = state(run_dir), time.monotonic() + 2.0
+                if status["attempts"] > attempt:
+                    attempt = status["attempts"]
+                    output = Tail(run_dir.logs / f"rank_0.attempt_{attempt}.log", from_start=True)
+                for line in output.lines() if output else ():
+                    shown.text(line)
+                for line in rows.lines():
+                    shown.row(json.loads(line), status.get("max_steps"))
+                words = f"{now.word} {now.why}".strip()
+                if words != told and now.word != "running":
+                    shown.text(f"{run_dir.path.name}: {words}")
+                told = words
+                if now.word not in LIVE:
+                    return ENDED.get(now.word, DONE)
+                time.sleep(0.2)
+    except KeyboardInterrupt:
+        return INTERRUPTED
 
 
 @contextlib.contextmanager
@@ -94,13 +124,7 @@ def stop(pid: int, number: int) -> None:
 
 def job_lives(status: dict[str, Any]) -> bool:
     """Whether the local job's controller still runs."""
-    if status.get("job_id") is None:
-        return False
-    try:
-        state = Path(f"/proc/{status['job_id']}/stat").read_text().rpartition(")")[2].split()[0]
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return state != "Z"
+    return status.get("job_id") is not None and alive(int(status["job_id"]), None)
 
 
 def _lost(run_dir: RunDir) -> dict[str, Any]:
@@ -116,12 +140,12 @@ def _lost(run_dir: RunDir) -> dict[str, Any]:
 class Tail:
     """The lines that are added to a file which may not exist yet."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, from_start: bool = False):
         self.path = path
         self.file: TextIO | None = None
         self.inode = 0
         self.rest = ""
-        if path.exists():
+        if path.exists() and not from_start:
             self._open()
             assert self.file is not None
             self.file.seek(0, os.SEEK_END)

@@ -1,4 +1,7 @@
-"""What submitit runs on a node: the run folder's path and nothing else, so that a requeue is the same object."""
+"""One node's part of an attempt at a run: from the run folder to the ranks' exit codes, and what follows from them.
+
+submitit runs `Job("runs/x")` on this machine; Slurm runs `python -m fairexp.launch.job SUBMISSION.json` once a node.
+"""
 
 from __future__ import annotations
 
@@ -8,85 +11,300 @@ import os
 import signal
 import socket
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fairexp.config.rundir import RunDir
-from fairexp.errors import DONE, FAILED, INTERRUPTED
+from fairexp.errors import DONE, FAILED, INTERRUPTED, PREEMPTED, RunError
+from fairexp.launch import slurm
+from fairexp.launch.node import Node, environment_of, meet, on_slurm
 from fairexp.launch.supervise import SIGNALS, supervise
 from fairexp.lifetime import die_with
+
+MEETS_IN_TIME_S = 5.0  # another node's ranks write down why they ended; ours may notice first that they have gone
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run: `Job("runs/x")()` starts its ranks on this node and returns the run's exit code."""
+    """One run on this machine: `Job("runs/x")()` starts its ranks and returns the run's exit code."""
 
     run_dir: str
 
     def __call__(self) -> int:
-        gc.disable()  # a sixth of torch's import; the worker enables it before the loop
-        run_dir = RunDir(Path(self.run_dir))
-        launch = run_dir.launch()
         die_with(os.getppid())  # submitit's controller; and the ranks die with this process
         os.setsid()  # away from the terminal: its ^C would reach each rank beside the one that is passed on
-        os.chdir(launch["cwd"])
-        sys.path[:0] = [folder for folder in launch["sys_path"] if folder not in sys.path]
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until the ranks can be told: torch is imported first
-        attempt = run_dir.status().get("attempts", 0) + 1
-        run_dir.set_status(state="running", attempts=attempt, pid=os.getpid(), host=socket.gethostname(), error=None)
-        for stale in run_dir.logs.glob("error_*.json"):
-            stale.unlink()
-        rendezvous = run_dir.submit / f"rendezvous_{attempt}"
-        rendezvous.unlink(missing_ok=True)
+        return attempt(RunDir(Path(self.run_dir)), Node("local", job_id=str(os.getppid())))
 
-        # the ranks are forked from a process that holds torch, in the last moment before it has threads
-        for name, value in variables(launch).items():
-            os.environ[name] = value
-        from fairexp.runtime import worker
 
-        def environment(k: int) -> dict[str, str]:
-            return {
-                "RANK": str(k),
+def main(submission_file: str) -> int:
+    """A Slurm task: this node's part of the run that the submission lists under the array's index."""
+    submission = json.loads(Path(submission_file).read_text(encoding="utf-8"))
+    index = int(os.environ.get("SLURM_ARRAY_TASK_ID", "0"))
+    node = on_slurm(submission["uid"], os.environ)
+    if "search" in submission:
+        from fairexp.launch.trial import run_dir_of
+
+        run_dir = run_dir_of(submission, index)
+    else:
+        run_dir = RunDir(Path(submission["runs"][index]))
+    return attempt(run_dir, node)
+
+
+def attempt(run_dir: RunDir, node: Node) -> int:
+    """Runs this node's ranks; DONE, FAILED, INTERRUPTED, or PREEMPTED where the run is to start again."""
+    gc.disable()  # a sixth of torch's import; the worker enables it before the loop
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until the ranks can be told: torch is imported first
+    launch = run_dir.launch()
+    os.chdir(launch["cwd"])
+    sys.path[:0] = [folder for folder in launch["sys_path"] if folder not in sys.path]
+    number: int | None = None
+    if node.first:
+        number = begin(run_dir, node, launch)
+        if number is None:
+            return DONE if run_dir.status()["state"] in ("finished", "cancelled") else FAILED
+    rendezvous: dict[str, str] = {}
+    listener: socket.socket | None = None
+    if len(node.hosts) > 1:
+        place, listener = meet(run_dir, node, number)
+        number = int(place["attempt"])
+        rendezvous = environment_of(node, place)
+    else:
+        file = run_dir.submit / f"rendezvous_{number}"
+        file.unlink(missing_ok=True)
+        rendezvous = {"RENDEZVOUS_FILE": str(file)}
+
+    # the ranks are forked from a process that holds torch, in the last moment before it has threads
+    os.environ.update(variables(launch, len(node.hosts)))
+    from fairexp.runtime import worker
+
+    per_node = launch["num_processes"]
+
+    def environment(k: int) -> dict[str, str]:
+        rank = node.index * per_node + k
+        own = {"RENDEZVOUS_FD": str(listener.fileno())} if listener and rank == 0 else {}
+        return (
+            rendezvous
+            | own
+            | {
+                "RANK": str(rank),
                 "LOCAL_RANK": str(k),
-                "WORLD_SIZE": str(launch["num_processes"]),
-                "LOCAL_WORLD_SIZE": str(launch["num_processes"]),
-                "RENDEZVOUS_FILE": str(rendezvous),
+                "WORLD_SIZE": str(len(node.hosts) * per_node),
+                "LOCAL_WORLD_SIZE": str(per_node),
+                "FAIREXP_HOST": node.host,
             }
-
-        codes = supervise(
-            launch["num_processes"],
-            environment,
-            lambda k: run_dir.logs / f"rank_{k}.attempt_{attempt}.log",
-            lambda: worker.main(run_dir),
-            launch["owner"],
         )
-        rendezvous.unlink(missing_ok=True)
-        if owner_is_gone(launch["owner"]):
-            run_dir.set_status(
-                state="failed", error=f"the command that followed it (process {launch['owner']}) was killed"
-            )
-            return FAILED
-        return conclude(run_dir, codes)
+
+    codes = supervise(
+        per_node,
+        environment,
+        lambda k: run_dir.logs / f"rank_{node.index * per_node + k}.attempt_{number}.log",
+        lambda: worker.main(run_dir),
+        launch["owner"],
+    )
+    codes = {node.index * per_node + k: code for k, code in codes.items()}
+    if listener:
+        listener.close()
+    if "RENDEZVOUS_FILE" in rendezvous:
+        Path(rendezvous["RENDEZVOUS_FILE"]).unlink(missing_ok=True)
+    if owner_is_gone(launch["owner"]):
+        run_dir.set_status(state="failed", error=f"the command that followed it (process {launch['owner']}) was killed")
+        return FAILED
+    return conclude(run_dir, codes, node)
 
 
-def variables(launch: dict[str, Any]) -> dict[str, str]:
+# --- before ---
+
+
+def begin(run_dir: RunDir, node: Node, launch: dict[str, Any]) -> int | None:
+    """Opens the next attempt; its number, or None where there is none to be: the run is over, another submission has it, it
+    has failed too often without getting on, or it lies on a node that it failed on twice."""
+    status = run_dir.status()
+    if status["state"] in ("finished", "cancelled"):
+        return None
+    if status.get("submission") != node.submission or not claim(run_dir, node):
+        print(f"{run_dir.path}: another submission has this run; nothing to do", file=sys.stderr, flush=True)
+        return None
+    saved = last_saved(run_dir)
+    if status["state"] == "running":  # the last attempt ended without a word: its node failed, or it was killed
+        status |= after_failure(run_dir, status, lost_hosts(node, status))
+    if status.get("failures", 0) >= launch.get("max_failures", 3):
+        error = f"no progress in {status['failures']} attempts: {status.get('error') or 'they ended without a word'}"
+        run_dir.set_status(state="failed", **{**status, "state": "failed", "error": error})
+        return None
+    bad = bad_hosts(status)
+    if node.kind == "slurm" and set(bad) & set(node.hosts) and slurm.requeue(node, bad):
+        keys = ("failures", "failed_hosts")
+        run_dir.set_status(state="preempted", **{key: status[key] for key in keys if key in status})
+        time.sleep(60)  # Slurm ends us
+        return None
+    for stale in run_dir.logs.glob("error_*.json"):
+        stale.unlink()
+    number = status["attempts"] + 1
+    run_dir.set_status(
+        state="running",
+        attempts=number,
+        pid=os.getpid(),
+        host=node.host,
+        hosts=list(node.hosts),
+        job_id=node.job_id,
+        error=None,
+        signal=None,
+        resumed_at=saved,
+        failures=status.get("failures", 0),
+        failed_hosts=status.get("failed_hosts", []),
+    )
+    return number
+
+
+def claim(run_dir: RunDir, node: Node) -> bool:
+    """Whether the run is this job's. Two jobs of one submission, should a scheduler ever make two, are not both told yes;
+    a requeued job is the same one."""
+    if node.submission is None:
+        return True
+    file = run_dir.submit / f"claim_{node.submission}"
+    try:
+        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    except FileExistsError:
+        for _ in range(20):  # its maker may not have written yet
+            if owner := file.read_text(encoding="utf-8"):
+                return owner == node.job_id
+            time.sleep(0.1)
+        return False
+    with os.fdopen(descriptor, "w", encoding="utf-8") as opened:
+        opened.write(node.job_id or "")
+    return True
+
+
+def last_saved(run_dir: RunDir) -> int:
+    """The step of the newest checkpoint."""
+    return max((int(path.name.rpartition("_")[2]) for path in run_dir.checkpoints.glob("step_*")), default=0)
+
+
+def lost_hosts(node: Node, status: dict[str, Any]) -> list[str]:
+    """The hosts that the last attempt was lost with: those that Slurm has lost, else the only one there was."""
+    hosts = tuple(status.get("hosts") or [])
+    if node.kind != "slurm" or not hosts:
+        return []
+    return slurm.down(hosts) or (list(hosts) if len(hosts) == 1 else [])
+
+
+def after_failure(run_dir: RunDir, status: dict[str, Any], hosts: list[str]) -> dict[str, Any]:
+    """The counts after an attempt that failed through no fault of the user's code."""
+    progressed = last_saved(run_dir) > status.get("resumed_at", 0)
+    return {
+        "failures": 1 if progressed else status.get("failures", 0) + 1,
+        "failed_hosts": [*status.get("failed_hosts", []), *hosts],
+    }
+
+
+def bad_hosts(status: dict[str, Any]) -> list[str]:
+    """The nodes that this run has failed on twice."""
+    failed = status.get("failed_hosts") or []
+    return sorted({host for host in failed if failed.count(host) > 1})
+
+
+def variables(launch: dict[str, Any], nodes: int = 1) -> dict[str, str]:
     """Environment variables of every rank, to be set before torch is imported."""
     fixed = {"OMP_NUM_THREADS": str(launch["threads"]), "PYTHONUNBUFFERED": "1"}
     if launch["devices"] is not None:  # submitit's local executor has overwritten it
         fixed["CUDA_VISIBLE_DEVICES"] = launch["devices"]
-    # one machine: the ranks talk over the loopback interface, so nothing of a run can be reached from outside
-    return {**fixed, "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo")}
+    if nodes == 1:
+        # one machine: the ranks talk over the loopback interface, so nothing of a run can be reached from outside
+        fixed["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", "lo")
+    return fixed
 
 
-def conclude(run_dir: RunDir, codes: dict[int, int]) -> int:
-    """The run's exit code from its ranks'; where no rank could say how it ended, status.json says it now."""
+# --- after ---
+
+
+def conclude(run_dir: RunDir, codes: dict[int, int], node: Node) -> int:
+    """The node's exit code from its ranks', after status.json says how the attempt ended and, where it should, the job is
+    back in the queue."""
     if all(code == DONE for code in codes.values()):
         return DONE
     if all(code in (DONE, INTERRUPTED) for code in codes.values()):
+        return stopped(run_dir, node) if node.first else DONE  # all nodes' ranks stopped at one step
+    if node.kind != "slurm":
+        return failed(run_dir, codes, node)
+    if not _first_to_say(run_dir, node, codes):
+        return FAILED
+    return failed(run_dir, codes, node)
+
+
+def stopped(run_dir: RunDir, node: Node) -> int:
+    """A signal stopped the ranks and they have saved: requeued exactly where the scheduler would let the run be lost."""
+    status = run_dir.status()
+    if node.kind != "slurm":
+        if status.get("cancel"):
+            run_dir.set_status(state="cancelled")
         return INTERRUPTED
-    run_dir.set_status(state="failed", error=root_cause(run_dir, codes))
-    return FAILED
+    now = slurm.standing(node)
+    if now.cancelled or status.get("cancel"):
+        run_dir.set_status(state="cancelled")
+        return INTERRUPTED
+    if now.requeued:
+        run_dir.set_status(state="preempted")
+        return PREEMPTED
+    if now.ending or status.get("signal") in (signal.SIGUSR1, signal.SIGUSR2):
+        changes: dict[str, Any] = {"failures": 0}
+        if last_saved(run_dir) <= status.get("resumed_at", 0):  # its whole time was not enough for a step
+            changes = after_failure(run_dir, status, [])
+        return back_into_the_queue(run_dir, node, status, changes)
+    return INTERRUPTED
+
+
+def failed(run_dir: RunDir, codes: dict[int, int], node: Node) -> int:
+    """An exception of the run's code ends the run. A rank that was killed, or lost sight of the others, is the machine's
+    fault: the run starts again, as long as it gets on."""
+    cause = root_cause(run_dir, codes)
+    error = first_error(run_dir)
+    if error or not node.kind.startswith(("slurm", "pool")):
+        run_dir.set_status(state="failed", error=cause)
+        return FAILED
+    if node.kind == "slurm":
+        now = slurm.standing(node)
+        if now.cancelled:
+            run_dir.set_status(state="cancelled", error=cause)
+            return INTERRUPTED
+        if now.requeued:
+            run_dir.set_status(state="preempted", error=cause)
+            return PREEMPTED
+    status = run_dir.status()
+    hosts = slurm.down(node.hosts) or [node.host] if node.kind == "slurm" else []
+    return back_into_the_queue(run_dir, node, status, {"error": cause} | after_failure(run_dir, status, hosts))
+
+
+def back_into_the_queue(run_dir: RunDir, node: Node, status: dict[str, Any], changes: dict[str, Any]) -> int:
+    """Asks for another attempt, unless the run doesn't get on."""
+    most = run_dir.launch().get("max_failures", 3)
+    if changes["failures"] >= most:
+        why = changes.get("error") or "its time limit is too short for a step and a save"
+        run_dir.set_status(**changes | {"state": "failed", "error": f"no progress in {most} attempts: {why}"})
+        return FAILED
+    run_dir.set_status(state="preempted", **changes)
+    if node.kind == "slurm" and not slurm.requeue(node, bad_hosts(status | changes)):
+        run_dir.set_status(state="interrupted", error="scontrol requeue was refused; the same command goes on")
+        return INTERRUPTED
+    return PREEMPTED
+
+
+def _first_to_say(run_dir: RunDir, node: Node, codes: dict[int, int]) -> bool:
+    """Whether this node says how the attempt failed: one of them, and rather the one where it began."""
+    if len(node.hosts) == 1:
+        return True
+    if all(code >= 0 for code in codes.values()) and first_error(run_dir) is None:
+        deadline = time.monotonic() + MEETS_IN_TIME_S  # its ranks only lost their peers
+        verdict = run_dir.submit / f"verdict_{node.job_id}.{node.restart}"
+        while time.monotonic() < deadline and not verdict.exists() and first_error(run_dir) is None:
+            time.sleep(0.1)
+    try:
+        os.close(os.open(run_dir.submit / f"verdict_{node.job_id}.{node.restart}", os.O_CREAT | os.O_EXCL, 0o666))
+    except FileExistsError:
+        return False
+    return True
 
 
 def owner_is_gone(owner: int | None) -> bool:
@@ -110,3 +328,15 @@ def first_error(run_dir: RunDir) -> dict[str, Any] | None:
     errors = [json.loads(path.read_text(encoding="utf-8")) for path in run_dir.logs.glob("error_*.json")]
     own = [error for error in errors if not error["lost_peer"]]
     return min(own, key=lambda error: error["time"], default=None)
+
+
+def _exit(run: Callable[[], int]) -> int:
+    try:
+        return run()
+    except RunError as error:
+        print(error, file=sys.stderr, flush=True)
+        return FAILED
+
+
+if __name__ == "__main__":
+    sys.exit(_exit(lambda: main(sys.argv[1])))

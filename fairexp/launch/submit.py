@@ -1,4 +1,4 @@
-"""Hands a frozen run folder to submitit, or runs it in this process."""
+"""Starts a frozen run on this machine: through submitit's local executor, or in this process."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fairexp.config.rundir import RunDir
-from fairexp.config.schema import Launcher, num_ranks
+from fairexp.config.schema import Launcher, Slurm, num_ranks
 
 
 def submit(run_dir: RunDir) -> None:
@@ -45,13 +45,14 @@ def run_inline(run_dir: RunDir) -> int:
     """Runs the one rank in this process, for a debugger; its exit code."""
     from fairexp.launch.follow import lines_beside
     from fairexp.launch.job import conclude, variables
+    from fairexp.launch.node import Node
 
     os.environ.update(variables(run_dir.launch()))
     run_dir.set_status(state="running", attempts=run_dir.status()["attempts"] + 1, pid=os.getpid())
     from fairexp.runtime import worker
 
     with lines_beside(run_dir):
-        return conclude(run_dir, {0: worker.main(run_dir)})
+        return conclude(run_dir, {0: worker.main(run_dir)}, Node("local"))
 
 
 def plan(launcher: Launcher, device: str, owner: int | None, trusted: list[str], sys_path: list[str]) -> dict:
@@ -59,11 +60,19 @@ def plan(launcher: Launcher, device: str, owner: int | None, trusted: list[str],
     devices = visible_gpus()
     num_processes = num_ranks(launcher, device, len(devices))
     cores = len(os.sched_getaffinity(0))
+    if isinstance(launcher, Slurm):
+        threads = launcher.threads_per_process or launcher.cpus_per_process or 1
+        found = None  # Slurm gives each job its own
+    else:
+        threads = launcher.threads_per_process or (1 if num_processes > 1 else cores)
+        found = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(devices) if devices else None)
     return {
         "kind": launcher.kind,
         "num_processes": num_processes,
-        "threads": launcher.threads_per_process or (1 if num_processes > 1 else cores),
-        "devices": os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(devices) if devices else None),
+        "nodes": launcher.nodes,
+        "threads": threads,
+        "devices": found,
+        "max_failures": getattr(launcher, "max_failures", 3),
         "cwd": os.getcwd(),
         "sys_path": sys_path,
         "trusted": trusted,

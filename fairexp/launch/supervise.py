@@ -19,7 +19,7 @@ from types import FrameType
 from fairexp.errors import DONE, INTERRUPTED
 from fairexp.lifetime import die_with
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 GRACE_S = 2.0  # between SIGTERM and SIGKILL for the siblings of a rank that died
 
 
@@ -34,7 +34,7 @@ def supervise(
     for a signal.
 
     `environment(k)`: variables of the k-th process; `log(k)`: the file that takes its output. When one ends with another code
-    than 0, the others are ended too: SIGTERM, and SIGKILL after two seconds. SIGINT and SIGTERM to this process are passed on.
+    than 0, the others are ended too: SIGTERM, and SIGKILL after two seconds. SIGNALS to this process are passed on.
     When `owner` (a process id) dies, everything dies.
     """
     signal.pthread_sigmask(

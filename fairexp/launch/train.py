@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from fairexp.config import rundir, schema
 from fairexp.config.compose import compose
-from fairexp.config.identity import identity, run_id
+from fairexp.config.identity import run_id
 from fairexp.config.rundir import RunDir
 from fairexp.config.validate import problems
-from fairexp.errors import DONE, UserError
-from fairexp.launch import submit
-from fairexp.launch.follow import ENDED, follow, job_lives
+from fairexp.errors import DONE, FAILED, UserError
+from fairexp.launch import slurm, snapshot, submission, submit, sweep
+from fairexp.launch.follow import ENDED, follow, watch
+from fairexp.runs.state import LIVE, state
 from fairexp.runs.table import describe
 
 
@@ -33,8 +30,11 @@ def train(
     trusted: Sequence[str],
     fresh: bool,
     as_json: bool,
+    follows: bool = False,
+    dry_run: bool = False,
 ) -> int:
-    """Runs the experiment that the overrides name, or resumes it; the run's exit code."""
+    """Runs the experiment that the overrides name, or resumes it; the run's exit code. On Slurm it returns once the run is
+    queued, unless `follows`."""
     composed = compose(overrides, config_dirs, config_name)
     here = Path.cwd()
     trusted = [*trusted, *packages_in(here)]
@@ -42,34 +42,76 @@ def train(
         raise UserError(*found)
     config = composed.config
     launcher = schema.launcher_of(config)
-    launch = submit.plan(launcher, config["trainer"]["device"], owner=os.getpid(), trusted=trusted, sys_path=[str(here)])
+    on_slurm = isinstance(launcher, schema.Slurm)
+    if dry_run:
+        planned = sweep.job(composed, trusted, here, path=folder(config, fresh))
+        return sweep.dry_run(config["name"], [planned], as_json)
+    if on_slurm and not slurm.available():
+        raise UserError("launcher=slurm: there is no sbatch on this machine's PATH")
+    owner = None if on_slurm else os.getpid()
+    launch = submit.plan(launcher, config["trainer"]["device"], owner, trusted, sys_path=[str(here)])
     path = folder(config, fresh)
-    try:
-        run_dir = rundir.create(path, config, shlex.join(["fairexp", *sys.argv[1:]]), launch, code_state(here))
-    except OSError as error:
-        if not path.is_dir():
-            raise UserError(f"runs_dir: can't make {path}: {error.strerror}") from error
-        run_dir = RunDir(path)
-    with _one_at_a_time(run_dir):
-        status = run_dir.status()
-        if status["state"] == "finished":
-            say(f"{run_dir.path} has finished; --fresh runs it anew")
-            return report(run_dir, as_json)
-        if job_lives(status):
-            raise UserError(
-                f"{run_dir.path} is running: job {status['job_id']} on {status.get('host', 'this machine')}"
-            )
-        if status["attempts"]:
-            resume(run_dir, config, launch)
-        say(
-            f"{run_dir.path}  ({launch['num_processes']} x {launch['threads']} CPU thread{'s' if launch['threads'] > 1 else ''})"
-        )
-        if launcher.kind == "local":
-            submit.submit(run_dir)
+    command = shlex.join(["fairexp", *sys.argv[1:]])
+    with submission.submitting(path.parent) as lock:
+        if (path / "status.json").exists():
+            run_dir = RunDir(path)
+            uid = run_dir.status().get("submission")
+            submission.recover(path.parent, [uid] if uid else [])
+            now = state(run_dir)
+            if now.word == "finished":
+                say(f"{path} has finished; --fresh runs it anew")
+                return report(run_dir, as_json)
+            if now.word in LIVE and not on_slurm:
+                raise UserError(
+                    f"{path} is {now.word}: job {now.job} on {run_dir.status().get('host', 'this machine')}"
+                )
+            if now.word in LIVE:
+                say(f"{path} is {now.word} already: job {now.job}")
+                return follow_to_the_end(run_dir, as_json) if follows else report(run_dir, as_json)
+            if run_dir.status()["attempts"]:
+                saved = sorted(run_dir.checkpoints.glob("step_*"))
+                say(f"resuming after {saved[-1].name.replace('_', ' ')}" if saved else "starting again: no checkpoint")
+        if isinstance(launcher, schema.Slurm):
+            run_dir = RunDir(path)
+            taken = snapshot.take(path.parent, here, launcher.snapshot_max_mb, launcher.snapshot_exclude)
+            for line in taken.left_out:
+                say(f"left out of the snapshot: {line}")
+            wanted = submission.Wanted(path, config, command, launch)
+            (batch,) = submission.to_slurm(path.parent, config["name"], [wanted], taken, lock)
+            if batch.job_id is None:
+                return FAILED
+            say(f"{path}: job {batch.job_id}; fairexp watch {run_dir.id} shows it, fairexp cancel {run_dir.id} ends it")
+        else:
+            run_dir = start_here(path, config, command, launch, here)
+            threads = launch["threads"]
+            say(f"{path}  ({launch['num_processes']} x {threads} CPU thread{'s' if threads > 1 else ''})")
+            attempts = run_dir.status()["attempts"]
+            if launcher.kind == "local":
+                submit.submit(run_dir)
+    if on_slurm:
+        return follow_to_the_end(run_dir, as_json) if follows else report(run_dir, as_json)
     if launcher.kind == "inline":
         submit.run_inline(run_dir)
     else:
-        follow(run_dir, status["attempts"] + 1)
+        follow(run_dir, attempts + 1)
+    return report(run_dir, as_json)
+
+
+def start_here(path: Path, config: Mapping[str, Any], command: str, launch: Mapping[str, Any], here: Path) -> RunDir:
+    """The run's folder, new or readied for another attempt on this machine: it imports the code as it stands."""
+    code = code_state(here)
+    if (path / "status.json").exists():
+        submission.again(RunDir(path), config, launch, code, submission=None)
+        return RunDir(path)
+    try:
+        return rundir.create(path, config, command, launch, code)
+    except OSError as error:
+        raise UserError(f"runs_dir: can't make {path}: {error.strerror}") from error
+
+
+def follow_to_the_end(run_dir: RunDir, as_json: bool) -> int:
+    """Shows a queued or running run until it ends; Ctrl-C only stops the showing."""
+    watch(run_dir)
     return report(run_dir, as_json)
 
 
@@ -81,22 +123,6 @@ def folder(config: Mapping[str, Any], fresh: bool) -> Path:
         number += 1
         path = path.with_name(f"{config['name']}-{run_id(config)}.{number}")
     return path
-
-
-def resume(run_dir: RunDir, config: Mapping[str, Any], launch: Mapping[str, Any]) -> None:
-    """Readies the folder for another attempt. The experiment is the frozen one; what doesn't belong to it (processes, tracker,
-    logging) may have changed, and the old file is kept."""
-    frozen = run_dir.config()
-    assert identity(frozen) == identity(config)
-    if frozen != config:
-        attempts = run_dir.status()["attempts"]
-        os.replace(run_dir.config_file, run_dir.path / f"config.attempt_{attempts}.yaml")
-        text = yaml.dump(dict(config), Dumper=yaml.CSafeDumper, sort_keys=False, allow_unicode=True, width=120)
-        rundir.write_atomically(run_dir.config_file, text)
-    rundir.write_atomically(run_dir.submit / "launch.json", json.dumps(launch, indent=1) + "\n")
-    run_dir.set_status(state="queued", job_id=None)
-    saved = sorted(run_dir.checkpoints.glob("step_*"))
-    say(f"resuming after {saved[-1].name.replace('_', ' ')}" if saved else "starting again: there is no checkpoint")
 
 
 def report(run_dir: RunDir, as_json: bool) -> int:
@@ -141,14 +167,6 @@ def code_state(folder: Path) -> dict[str, str]:
         return {"commit.txt": commit, "uncommitted.patch": git("diff", "HEAD")} if commit else {}
     except (FileNotFoundError, subprocess.TimeoutExpired):
         return {}
-
-
-@contextmanager
-def _one_at_a_time(run_dir: RunDir) -> Iterator[None]:
-    """Two commands for the same run look one after the other: the second sees the first one's job."""
-    with open(run_dir.submit / "lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def say(text: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from fairexp.errors import RunError
 from fairexp.lifetime import die_with
 from fairexp.runtime.dist import Place
 from fairexp.runtime.init import seed_of
+from fairexp.runtime.preempt import SIGNALS
 
 Augment = Callable[[Any, Tensor], Any]
 
@@ -169,8 +171,11 @@ class _Keys:
         return self.make()
 
 
-def _die_with(parent: int, worker: int) -> None:
+def _begin_worker(parent: int, worker: int) -> None:
     die_with(parent)  # torch's own watch over the parent takes five seconds
+    # Slurm signals each process of a job, and a terminal each of its group: the ranks still need their data to save
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _identity(batch: Any) -> Any:
@@ -197,7 +202,7 @@ class Batches:
                     num_workers=num_workers,
                     collate_fn=_identity,
                     generator=torch.Generator(),  # the loader draws its base seed: not from the dropout masks' generator
-                    worker_init_fn=partial(_die_with, os.getpid()),
+                    worker_init_fn=partial(_begin_worker, os.getpid()),
                     pin_memory=here.device.type == "cuda",
                 )
             )

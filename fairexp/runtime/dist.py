@@ -40,7 +40,8 @@ def join(here: Place) -> None:
     """Makes the process group. CPU tensors go through gloo on any machine, so that signals and counts never touch the GPU.
 
     On one machine the ranks meet in the file that RENDEZVOUS_FILE names: nothing listens on the network (torch's TCPStore
-    would, on every interface). Elsewhere at MASTER_ADDR:MASTER_PORT, as torchrun sets them.
+    would, on every interface). Elsewhere at MASTER_ADDR:MASTER_PORT, as torchrun sets them; where there is a
+    RENDEZVOUS_TOKEN, rank 0 takes over the listening socket RENDEZVOUS_FD, whose port was free and has stayed ours.
     """
     backend = "cpu:gloo,cuda:nccl" if here.device.type == "cuda" else "gloo"
     file = os.environ.get("RENDEZVOUS_FILE")
@@ -49,12 +50,26 @@ def join(here: Place) -> None:
         store = dist.HashStore()
     elif file:
         store = dist.FileStore(str(Path(file)), here.world_size)
+    elif token := os.environ.get("RENDEZVOUS_TOKEN"):
+        store = dist.PrefixStore(token, _tcp_store(here))
     dist.init_process_group(
         backend,
         store=store,
         rank=here.rank,
         world_size=here.world_size,
         device_id=here.device if here.device.type == "cuda" else None,
+    )
+
+
+def _tcp_store(here: Place) -> dist.Store:
+    listener = os.environ.get("RENDEZVOUS_FD") if here.first else None
+    return dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        here.world_size,
+        is_master=here.first,
+        wait_for_workers=False,
+        master_listen_fd=int(listener) if listener else None,
     )
 
 

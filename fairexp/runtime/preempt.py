@@ -11,10 +11,11 @@ import torch
 from fairexp.runtime import dist
 
 LOOK_EVERY_S = 0.2
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Stop:
-    """Asks for the end of the run when SIGINT or SIGTERM arrives.
+    """Asks for the end of the run when SIGINT, SIGTERM or one of the SIGUSRs (Slurm's --signal) arrives.
 
     The handler only sets a flag: saving there would start a collective that the other ranks don't join. A second SIGINT
     kills at once. The ranks compare flags about every 0.2 s, not every step, since that is a collective.
@@ -24,10 +25,10 @@ class Stop:
         self.signal = 0
         self._look_at = 0
         self._looked: tuple[int, float] | None = None  # at which step, when
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in SIGNALS:
             signal.signal(number, self._notice)
         # blocked by the process that started the ranks: one that came meanwhile is delivered now
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
     def _notice(self, number: int, frame: FrameType | None) -> None:
         self.signal = number

@@ -28,6 +28,8 @@ def main(run_dir: RunDir) -> int:
     stop = Stop()  # first: a Ctrl-C while the model is built ends the run as one during training
     began = time.monotonic()
     config = run_dir.config()
+    if threads := os.environ.get("OMP_NUM_THREADS"):
+        torch.set_num_threads(int(threads))  # a pool has loaded torch before it knew
     trust(run_dir.launch()["trusted"])
     here = dist.place(config["trainer"]["device"])
     if here.first:
@@ -86,7 +88,7 @@ def end(run: building.Run, code: int, seconds: float) -> None:
         write_atomically(run.dir.path / "summary.json", summary + "\n")
     run.tracker.finish(code)
     state = {DONE: "finished", INTERRUPTED: "interrupted", FAILED: "failed"}[code]
-    run.dir.set_status(state=state, step=run.step)
+    run.dir.set_status(state=state, step=run.step, signal=run.stop.signal or None)
 
 
 class Heartbeat:
@@ -125,7 +127,7 @@ def record_error(run_dir: RunDir, here: dist.Place, error: Exception) -> None:
         text, trace = f"{type(error).__name__}: {error}", traceback.format_exc()
     record = {
         "rank": here.rank,
-        "host": socket.gethostname(),
+        "host": os.environ.get("FAIREXP_HOST", socket.gethostname()),
         "time": time.time(),
         "lost_peer": peer,
         "error": text,
