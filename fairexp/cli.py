@@ -224,7 +224,8 @@ def list_runs(arguments: Sequence[str]) -> int:
             raise UserError(f"list: no such folder: {rest[0]}")
         runs, sweep = find.find_all(rest[0], folder)
         labels = sweep.labels() if sweep else {}
-    return show_table(runs, flags.get("--state", []), "--json" in flags, labels)
+    where = (Path(rest[0]) if rest and not labels else folder).absolute()
+    return show_table(runs, flags.get("--state", []), "--json" in flags, labels, where)
 
 
 def one_run(verb: str, arguments: Sequence[str], values: Sequence[str], switches: Sequence[str]) -> tuple[Any, dict]:

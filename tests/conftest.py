@@ -98,7 +98,7 @@ def tiny(fairexp: Fairexp, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
             runs_dir = tmp_path_factory.mktemp(strategy)
             ended = fairexp(*words, f"runs_dir={runs_dir}", **where)
             assert ended.returncode == 0, ended.stderr
-            done[words] = Trained(next(runs_dir.iterdir()), words)
+            done[words] = Trained(next(runs_dir.glob("*-*")), words)
         return done[words]
 
     return train

@@ -185,7 +185,7 @@ def test_the_same_command_on_a_finished_run_shows_its_result(
     assert (again.returncode, json.loads(again.stdout)) == (0, run)
     assert "has finished; --fresh runs it anew" in again.stderr
     assert contents(Path(run["run_dir"])) == before
-    assert [path.name for path in (folder / "runs").iterdir()] == [Path(run["run_dir"]).name]
+    assert [path.name for path in (folder / "runs").glob("*-*")] == [Path(run["run_dir"]).name]
 
     words = fairexp(*SHORT, "trainer.log_every=3", "tracker=wandb", "launcher=local", cwd=folder)
     assert (words.returncode, words.stdout) == (0, "")
@@ -199,7 +199,7 @@ def test_fresh_runs_anew_beside_it(fairexp: Command, run: dict[str, Any], folder
     fresh = fairexp(*SHORT, f"runs_dir={copy}", "--fresh", "--json", cwd=folder)
     result = json.loads(fresh.stdout)
     assert fresh.returncode == 0
-    assert len(list(copy.iterdir())) == 2
+    assert len(list(copy.glob("*-*"))) == 2
     assert result["run_dir"] != run["run_dir"]
     assert result["metrics"]["eval/loss"] == pytest.approx(run["metrics"]["eval/loss"], rel=1e-6)
 
@@ -355,4 +355,4 @@ def test_a_disk_that_takes_no_more_is_one_line_and_nothing_half_made(tmp_path: P
     assert "Traceback" not in ended.stderr
     assert "File too large" in ended.stderr
     if code == 2:
-        assert list((tmp_path / "runs").iterdir()) == []
+        assert [path.name for path in (tmp_path / "runs").iterdir()] == [".lock"]

@@ -62,7 +62,7 @@ def golden_lines(name: str, fairexp: Callable[..., subprocess.CompletedProcess[s
     """A line with step and loss for each step of the run, then the loss of its evaluation."""
     ended = fairexp("train", *SHORT, *CONFIGS[name], f"runs_dir={runs_dir}")
     assert ended.returncode == 0, ended.stderr
-    path = next(runs_dir.iterdir()) / "metrics.jsonl"
+    path = next(runs_dir.glob("*-*")) / "metrics.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     return [
         f"{row['step']} {row['train/loss']!r}" if "train/loss" in row else f"eval {row['eval/loss']!r}" for row in rows

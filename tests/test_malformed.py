@@ -140,7 +140,8 @@ def test_the_mended_command_passes(case: Case, folder: Path) -> None:
     if verb != "train":
         assert cli.main([verb, *words]) == 0
         return
-    flags, overrides = cli.take_flags(words, ("--config-dir", "--config-name", "--trust"), ("--fresh", "--json"))
+    switches = ("--fresh", "--json", "--dry-run")
+    flags, overrides = cli.take_flags(words, ("--config-dir", "--config-name", "--trust"), switches)
     composed = compose(overrides, [Path(path) for path in flags.get("--config-dir", [])])
     assert problems(composed, 0, [*flags.get("--trust", []), "net"], folder) == []
 

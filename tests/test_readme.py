@@ -54,7 +54,7 @@ def test_every_module_stands_in_the_file_tree() -> None:
 def test_the_files_of_a_run_folder_are_those_that_readme_names(tmp_path: Path) -> None:
     words = ["train", "model=mlp", "launcher.num_processes=2", "strategy=ddp", *SHORT]
     subprocess.run([sys.executable, "-m", "fairexp", *words], cwd=tmp_path, capture_output=True, check=True, timeout=120)
-    (run_dir,) = (tmp_path / "runs").iterdir()
+    (run_dir,) = (tmp_path / "runs").glob("*-*")
     (drawing,) = re.findall(r"### The run folder\n\n(.*?)\n\n## ", README, re.DOTALL)
     named = {re.split(r"[\s/]", line.strip())[0] for line in drawing.splitlines()[1:]} | {"tensorboard"}
     assert {path.name for path in run_dir.iterdir()} == named - {"wandb", "tensorboard"}

@@ -68,5 +68,5 @@ def test_the_installed_program_trains_on_its_own_data(installed: Path, tmp_path:
         str(installed.parent)
         in run(installed, "python", "-c", "import fairexp; print(fairexp.__file__)", cwd=tmp_path).stdout
     )
-    (run_dir,) = (tmp_path / "runs").iterdir()
+    (run_dir,) = (tmp_path / "runs").glob("*-*")
     assert (run_dir / "summary.json").is_file()

@@ -1,14 +1,17 @@
 """The local pool: a process that runs a sweep's runs on this machine as its devices become free, without the terminal.
 
 One daemon a submission; several share the machine's devices by launch.slots. It holds torch and forks each run, which costs
-10 ms where a fresh process takes 1.2 s to import it; that is safe since it never starts a thread and never touches a GPU.
+10 ms where a fresh process takes 2 s to import it all; that is safe since it never starts a thread and never touches a GPU.
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
+import importlib
 import json
 import os
+import pkgutil
 import signal
 import subprocess
 import sys
@@ -17,7 +20,6 @@ import traceback
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from fairexp.config.rundir import RunDir
@@ -31,16 +33,21 @@ from fairexp.launch.submission import Batch, Wanted
 from fairexp.lifetime import die_with
 from fairexp.runs.state import alive, own_process, start_time
 
-# Loads torch before it knows what for, so that this happens beside the composing; fairexp comes from the frozen code.
+# Loads torch before it knows what for, so that this happens beside the composing; fairexp comes from the frozen code. With
+# torch what any optimizer's constructor (_dynamo, 0.5 s) and any run's last save (checkpoint) would import in each run anew.
 WARM = """
-import json, sys
-import torch
+import gc, json, sys
+gc.disable()
+import torch, torch._dynamo, torch.distributed.checkpoint
 order = json.loads(sys.stdin.readline() or "null")
 if order:
     sys.path[:0] = order["paths"]
     from fairexp.launch import pool
     pool.serve(order["folder"])
 """
+SHELF = ("datasets", "models", "optim", "runtime.strategies", "runtime.trackers", "tasks")
+SIGNALS = (signal.SIGCHLD, signal.SIGTERM)  # blocked in the daemon; they end a pause
+LOOK_EVERY_S = 1.0
 
 
 class Warm:
@@ -115,11 +122,22 @@ def serve(folder: str) -> None:
     os.dup2(log, 1)
     os.dup2(log, 2)
     record = json.loads((Path(folder) / "submission.json").read_text(encoding="utf-8"))
-    from fairexp.runtime import worker  # noqa: F401  # the runs are forked with it
-
+    preload()
     if "search" in record:
         from fairexp.launch import trial  # noqa: F401
+    gc.freeze()  # a run's collector leaves these pages alone, so that they stay shared
+    gc.enable()
     Pool(record).run()
+
+
+def preload() -> None:
+    """Imports fairexp's own code that runs are made of; the user's may start threads, and is imported in the runs."""
+    importlib.import_module("fairexp.runtime.worker")
+    for name in SHELF:
+        package = importlib.import_module(f"fairexp.{name}")
+        for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+            with contextlib.suppress(Exception):  # somebody's half-written model: a run that names it says what is wrong
+                importlib.import_module(module.name)
 
 
 class Pool:
@@ -131,61 +149,104 @@ class Pool:
         count = record["search"]["num_trials"] if "search" in record else 0
         self.queue: deque[Path | int] = deque(range(count) if count else map(Path, record["runs"]))
         self.running: dict[int, Path | int] = {}
+        self.told: set[int] = set()  # the running ones that were asked to end
+        self.look_at = 0.0
         self.stopping = False
 
     def run(self) -> None:
         """Until nothing waits and nothing runs. SIGTERM: the runs save and end, and those that wait don't begin."""
-        signal.signal(signal.SIGTERM, self._stop)
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         while self.queue or self.running:
-            self._reap()
+            self._pause(0.0 if self.queue else LOOK_EVERY_S)
             if self.stopping:
                 self.queue.clear()
-            if not self.queue:
-                time.sleep(0.1)
+            if not self.queue or not self._is_ready(item := self.queue[0]):
                 continue
-            item = self.queue[0]
-            if not self._is_ready(item):
-                continue
-            taken = self.slots.take(self._count(item), self._still_wanted)
+            taken = self._take(self._count(item))
             if taken is None:
                 continue
             with taken:  # ours; the child keeps its own
-                self.queue.popleft()
-                self.running[self._fork(item, taken)] = item
+                if self._still_wanted():
+                    self.queue.popleft()
+                    self.running[self._fork(item, taken)] = item
 
-    def _stop(self, number: int, frame: FrameType | None) -> None:
-        self.stopping = True
-        for pid in self.running:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGTERM)
+    def _pause(self, seconds: float) -> None:
+        """Waits until a run has ended or SIGTERM has come, at most so long; then sees to what has happened meanwhile."""
+        came = signal.sigtimedwait(SIGNALS, seconds)
+        if came and came.si_signo == signal.SIGTERM:
+            self.stopping = True
+            self._end(list(self.running))
+        self._reap()
+        if time.monotonic() > self.look_at:
+            # a run that began while `fairexp cancel` went through a long list was queued in that list
+            runs = {pid: RunDir(item) for pid, item in self.running.items() if isinstance(item, Path)}
+            self._end([pid for pid, run in runs.items() if run.status().get("cancel")])
+            self.look_at = time.monotonic() + LOOK_EVERY_S
+
+    def _end(self, pids: Sequence[int]) -> None:
+        """Asks running runs to save and end, each once."""
+        for pid in pids:
+            if pid not in self.told:
+                self.told.add(pid)
+                os.kill(pid, signal.SIGTERM)  # ours until it is waited for, so never another's
+
+    def _reap(self) -> None:
+        """Takes note of the runs that have ended; one that was killed, or asks for another attempt, goes to the queue's end."""
+        for pid in list(self.running):
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                item = self.running.pop(pid)
+                self.told.discard(pid)
+                code = os.waitstatus_to_exitcode(status)
+                if (code == PREEMPTED or code < 0) and not self.stopping:
+                    self.queue.append(item)  # begin() counts, and stops a run that doesn't get on
 
     def _is_ready(self, item: Path | int) -> bool:
         """Whether the run's folder is there and it is still to be run; drops it from the queue where it is not."""
         if isinstance(item, int):
             return True
-        if not (item / "status.json").exists():
+        run = RunDir(item)
+        if not self._is_ours(run):
             submitter = self.record["submitter"]
-            if alive(submitter["pid"], submitter["started"]) or (item / "status.json").exists():
-                time.sleep(0.01)
-            else:
-                self.queue.popleft()  # the submitter was killed: the same command submits it
+            if alive(submitter["pid"], submitter["started"]):
+                self._pause(0.01)
+            elif not self._is_ours(run):  # it might have been made meanwhile
+                self.queue.popleft()  # the submitter was killed: the same command submits it, or has done so
             return False
-        if RunDir(item).status()["state"] in ("cancelled", "finished"):
-            self.queue.popleft()
-            return False
-        return True
+        status = run.status()
+        if status.get("cancel") and status["state"] != "finished":
+            run.set_status(state="cancelled")  # it was told so as it died, and came back into the queue
+        elif status["state"] not in ("cancelled", "finished"):
+            return True
+        self.queue.popleft()
+        return False
+
+    def _is_ours(self, run: RunDir) -> bool:
+        """Whether the run has been readied for this pool: one that exists from before names another submission till then."""
+        return run.status().get("submission") == self.record["uid"]
+
+    def _still_wanted(self) -> bool:
+        """Whether the queue's first still waits; asked while it does."""
+        item = self.queue[0]
+        if self.stopping or isinstance(item, int):
+            return not self.stopping
+        status = RunDir(item).status()
+        return self._is_ours(RunDir(item)) and not status.get("cancel") and status["state"] != "cancelled"
 
     def _count(self, item: Path | int) -> int:
         if isinstance(item, int):
             return self.record["search"]["num_processes"]
         return RunDir(item).launch()["num_processes"]
 
-    def _still_wanted(self) -> bool:
-        """Whether the queue's first still waits; asked while it does."""
-        self._reap()
-        item = self.queue[0]
-        return not self.stopping and (isinstance(item, int) or RunDir(item).status()["state"] != "cancelled")
+    def _take(self, count: int) -> Taken | None:
+        """Waits for the slots; None when that is no longer wanted, or can't be done now."""
+        try:
+            return self.slots.take(count, self._still_wanted, self._pause)
+        except UserError as error:  # the disk is full: those that run go on
+            print(error, file=sys.stderr, flush=True)
+            self._pause(10.0)
+            return None
 
     def _fork(self, item: Path | int, taken: Taken) -> int:
         daemon = os.getpid()
@@ -196,7 +257,7 @@ class Pool:
         code = FAILED
         try:
             die_with(daemon)
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
             if not taken.names[0].startswith("cpu_"):
                 os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(taken.names)
             code = self._attempt(item, daemon, taken)
@@ -223,13 +284,3 @@ class Pool:
         if isinstance(item, int):
             trial.tell(self.record, item, run_dir)
         return code
-
-    def _reap(self) -> None:
-        """Takes note of the runs that have ended; one that was killed, or asks for another attempt, goes to the queue's end."""
-        for pid in list(self.running):
-            ended, status = os.waitpid(pid, os.WNOHANG)
-            if ended:
-                item = self.running.pop(pid)
-                code = os.waitstatus_to_exitcode(status)
-                if (code == PREEMPTED or code < 0) and not self.stopping:
-                    self.queue.append(item)  # begin() counts, and stops a run that doesn't get on

@@ -36,9 +36,12 @@ class Slots:
         self.folder = private(default_folder()) if folder is None else folder
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
-    def take(self, count: int, wanted: Callable[[], bool] | None = None) -> Taken | None:
+    def take(
+        self, count: int, wanted: Callable[[], bool] | None = None, pause: Callable[[float], object] = time.sleep
+    ) -> Taken | None:
         """Waits for `count` slots that are free at once, and takes them all; None when `wanted()`, asked ten times a
-        second while waiting, says no. UserError: more than there are, or the folder can't be written.
+        second while waiting, says no. UserError: more than there are, or the folder can't be written. `pause`: waits so many
+        seconds, or less where it knows of a slot that has come free.
 
         First come, first served: whoever waits leaves a ticket, a file locked by it alone with its slots' names inside. Numbers
         are given in turn, under a lock that is held for a moment, and nobody takes a slot that an earlier ticket names. So a
@@ -60,7 +63,7 @@ class Slots:
                         return taken
                 if wanted is not None and not wanted():
                     return None
-                time.sleep(wait_s)
+                pause(wait_s)
                 wait_s = min(wait_s * 1.2, LONGEST_WAIT_S)
 
     def in_use(self) -> list[str]:

@@ -87,9 +87,12 @@ class LimitReached(Exception):
 
 
 def check(path: Path) -> str:
-    """Why sbatch would refuse the script; empty if it would not."""
+    """Why sbatch would refuse the script; empty if it would not, or if that can't be told."""
     done = _run(["sbatch", "--test-only", str(path)], ())
-    return "" if done.returncode == 0 or _is_limit(done.stderr) or _is_transient(done.stderr) else _reason(done.stderr)
+    if done.returncode == 0 or _is_limit(done.stderr) or _is_transient(done.stderr):
+        return ""
+    # said too where the nodes are only drained, and sbatch without --test-only takes the job
+    return "" if "node configuration is not available" in done.stderr else _reason(done.stderr)
 
 
 def submit(path: Path, name: str, keep_open: Sequence[int]) -> str:

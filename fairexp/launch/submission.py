@@ -168,14 +168,25 @@ def to_slurm(
         ready(batch, snapshot, folder)
         try:
             batch.job_id = slurm.submit(folder / "job.sh", job_name(name, batch.uid), [lock])
-        except slurm.LimitReached as limit:
-            print(f"the scheduler takes no more jobs now: {limit}", file=sys.stderr)
-            for rest in folders[number:]:
-                shutil.rmtree(rest, ignore_errors=True)
+        except (slurm.LimitReached, UserError) as refusal:
+            for rest, its_folder in zip(found[number:], folders[number:], strict=True):
+                withdraw(rest, its_folder)
+            if isinstance(refusal, UserError):
+                raise
+            print(f"the scheduler takes no more jobs now: {refusal}", file=sys.stderr)
             break
         amend(runs_dir, batch.uid, job_id=batch.job_id)
         earlier = [batch.job_id] if launcher.max_parallel else []
     return found
+
+
+def withdraw(batch: Batch, folder: Path) -> None:
+    """Takes back a submission that the scheduler refused: what it made anew goes, what was there before is as it was."""
+    for run in batch.runs:
+        status = RunDir(run.path).status()
+        if status.get("submission") == batch.uid and status["attempts"] == 0:
+            shutil.rmtree(run.path, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_script(

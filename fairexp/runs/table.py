@@ -47,14 +47,16 @@ def facts_of(runs: Sequence[RunDir]) -> list[dict[str, Any]]:
     return [facts(run, now[run.path]) for run in runs]
 
 
-def show_table(runs: Sequence[RunDir], wanted: Sequence[str], as_json: bool, labels: Mapping[str, str]) -> int:
-    """Prints the runs; `wanted`: only those in these states; `labels`: what a sweep calls them."""
+def show_table(
+    runs: Sequence[RunDir], wanted: Sequence[str], as_json: bool, labels: Mapping[str, str], where: Path
+) -> int:
+    """Prints the runs of `where`; `wanted`: only those in these states; `labels`: what a sweep calls them."""
     found = [run for run in facts_of(runs) if not wanted or run["state"] in wanted]
     if as_json:
         print(json.dumps(found))
         return 0
     if not found:
-        print("no runs" + (f" {' or '.join(wanted)}" if wanted else ""))
+        print(f"no runs in {where}" + (f" that are {' or '.join(wanted)}" if wanted else ""))
         return 0
     print_table(*_rows(found, labels))
     return 0

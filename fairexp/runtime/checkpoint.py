@@ -10,6 +10,7 @@ import os
 import pickle
 import random
 import shutil
+import time
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -40,6 +41,7 @@ def save(run: Run) -> None:
     final = run.dir.checkpoints / f"step_{run.step:08d}"
     if final.exists():
         return
+    began = time.monotonic()
     draft = run.dir.checkpoints / f".{final.name}.partial"
     if run.here.first and draft.exists():
         shutil.rmtree(draft)  # what a killed save left
@@ -53,6 +55,9 @@ def save(run: Run) -> None:
         _sync_folder(draft)
         os.rename(draft, final)
         _sync_folder(final.parent)
+        # the longest so far: `fairexp doctor` compares it with the time that a scheduler gives
+        seconds = round(time.monotonic() - began, 3)
+        run.dir.set_status(save_s=max(seconds, run.dir.status().get("save_s", 0.0)))
         for old in folders(run.dir)[: -run.checkpoint.keep_last]:
             trash = old.with_name(f".{old.name}.old")
             os.rename(old, trash)  # first the name: a half-deleted folder must not look complete

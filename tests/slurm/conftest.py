@@ -30,11 +30,20 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     item.add_marker("slurm")
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup() -> Iterator[None]:
+    """Without a cluster the tests that are skipped are one line of the summary, with the one reason."""
+    try:
+        return (yield)
+    except pytest.skip.Exception as skipped:  # a fixture's counts as the test's own, at the test's line
+        pytest.skip(str(skipped))
+
+
 class Cluster:
     """A cluster that is up, asked and told by Slurm's own commands. Jobs are "123", or "123_4" for an element of an array."""
 
     def __init__(self, state: Path, nodes: tuple[str, ...]):
-        self.state = state
+        self.folder = state
         self.nodes = nodes
         self.env = {"SLURM_CONF": str(state / "etc" / "slurm.conf")}  # all that a client needs
         self.damaged: dict[str, str] = {}  # the last action on a node, until it is back
@@ -105,7 +114,7 @@ class Cluster:
     def node(self, action: str, name: str) -> None:
         """What scripts/slurm-cluster does to a node: fail, kill, stop, start, cut or join it."""
         self.damaged[name] = action
-        self.run(str(SCRIPT), "node", "-d", str(self.state), action, name)
+        self.run(str(SCRIPT), "node", "-d", str(self.folder), action, name)
         if action == "start":
             del self.damaged[name]
 
@@ -170,7 +179,8 @@ def running_cluster(**settings: str) -> Iterator[Cluster]:
         try:
             up = slurm_cluster("up", str(NUM_NODES), state=state, **settings)
             if up.returncode:
-                pytest.skip(f"scripts/slurm-cluster up: {' / '.join(up.stderr.splitlines()[-5:])}")
+                said = [" ".join(line.split()) for line in up.stderr.splitlines()[-3:]]
+                pytest.skip(f"scripts/slurm-cluster up failed: {' / '.join(said)}")
             yield Cluster(state, tuple(f"{prefix}{k + 1}" for k in range(NUM_NODES)))
         finally:
             down = slurm_cluster("down", "--purge", state=state)
