@@ -44,13 +44,18 @@ def main(submission_file: str) -> int:
     submission = json.loads(Path(submission_file).read_text(encoding="utf-8"))
     index = int(os.environ.get("SLURM_ARRAY_TASK_ID", "0"))
     node = on_slurm(submission["uid"], os.environ)
-    if "search" in submission:
-        from fairexp.launch.trial import run_dir_of
-
-        run_dir = run_dir_of(submission, index)
-    else:
+    if index < len(submission["runs"]):
         run_dir = RunDir(Path(submission["runs"][index]))
-    return attempt(run_dir, node)
+    else:
+        from fairexp.launch import trial
+
+        run_dir = trial.run_dir_of(submission, index, node.first)
+    code = attempt(run_dir, node)
+    if "search" in submission and node.first:
+        from fairexp.launch import trial
+
+        trial.tell(submission, run_dir)
+    return code
 
 
 def attempt(run_dir: RunDir, node: Node) -> int:

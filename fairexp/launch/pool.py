@@ -29,7 +29,7 @@ from fairexp.launch import submission, submit
 from fairexp.launch.node import Node
 from fairexp.launch.slots import Slots, Taken
 from fairexp.launch.snapshot import Snapshot
-from fairexp.launch.submission import Batch, Wanted
+from fairexp.launch.submission import Batch
 from fairexp.lifetime import die_with
 from fairexp.runs.state import alive, own_process, start_time
 
@@ -88,31 +88,27 @@ def slot_names(launcher: Launcher) -> list[str]:
 def start(
     runs_dir: Path,
     name: str,
-    wanted: Sequence[Wanted],
+    batch: Batch,
     snapshot: Snapshot,
     warm: Warm | None,
-    search: dict[str, Any] | None = None,
+    search: str | None = None,
 ) -> str:
     """Starts a pool for the runs and returns at once; its process id. The first run starts before the last folder is made."""
     warm = warm or Warm()
-    batch = Batch(list(wanted))
     pid = warm.process.pid
     record = {
         **own_process(),
         "pid": pid,
         "started": start_time(pid),
         "submitter": own_process(),
-        "slots": slot_names(wanted[0].launcher),
+        "devices": slot_names(batch.first.launcher),
         "job_id": str(pid),
-        **({"search": search} if search else {}),
+        **({"search": search, "num_processes": batch.first.launch["num_processes"]} if search else {}),
     }
     folder = submission.record(runs_dir, name, batch, record)
-    if search:
-        warm.go(folder, snapshot.import_paths)
-    else:
-        submission.ready(batch, snapshot, folder, batch.runs[:1])
-        warm.go(folder, snapshot.import_paths)
-        submission.ready(batch, snapshot, folder, batch.runs[1:])
+    submission.ready(batch, snapshot, folder, batch.runs[:1])
+    warm.go(folder, snapshot.import_paths)
+    submission.ready(batch, snapshot, folder, batch.runs[1:])
     return str(pid)
 
 
@@ -124,7 +120,8 @@ def serve(folder: str) -> None:
     record = json.loads((Path(folder) / "submission.json").read_text(encoding="utf-8"))
     preload()
     if "search" in record:
-        from fairexp.launch import trial  # noqa: F401
+        importlib.import_module("fairexp.launch.trial")
+        importlib.import_module("optuna")
     gc.freeze()  # a run's collector leaves these pages alone, so that they stay shared
     gc.enable()
     Pool(record).run()
@@ -133,6 +130,8 @@ def serve(folder: str) -> None:
 def preload() -> None:
     """Imports fairexp's own code that runs are made of; the user's may start threads, and is imported in the runs."""
     importlib.import_module("fairexp.runtime.worker")
+    with contextlib.suppress(ImportError):
+        importlib.import_module("fsspec")  # torch's saving looks for it
     for name in SHELF:
         package = importlib.import_module(f"fairexp.{name}")
         for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
@@ -145,9 +144,10 @@ class Pool:
 
     def __init__(self, record: dict[str, Any]):
         self.record = record
-        self.slots = Slots(record["slots"])
-        count = record["search"]["num_trials"] if "search" in record else 0
-        self.queue: deque[Path | int] = deque(range(count) if count else map(Path, record["runs"]))
+        self.slots = Slots(record["devices"])
+        runs = [Path(run) for run in record["runs"]]
+        # behind the runs, a search's trials: each finds out what it runs when it starts
+        self.queue: deque[Path | int] = deque([*runs, *range(len(runs), len(runs) + record["slots"])])
         self.running: dict[int, Path | int] = {}
         self.told: set[int] = set()  # the running ones that were asked to end
         self.look_at = 0.0
@@ -236,7 +236,7 @@ class Pool:
 
     def _count(self, item: Path | int) -> int:
         if isinstance(item, int):
-            return self.record["search"]["num_processes"]
+            return self.record["num_processes"]
         return RunDir(item).launch()["num_processes"]
 
     def _take(self, count: int) -> Taken | None:
@@ -281,6 +281,8 @@ class Pool:
             run_dir = RunDir(item)
         run_dir.set_status(slots=list(taken.names))
         code = job.attempt(run_dir, Node("pool", job_id=str(daemon), submission=self.record["uid"]))
-        if isinstance(item, int):
-            trial.tell(self.record, item, run_dir)
+        if "search" in self.record:
+            from fairexp.launch import trial
+
+            trial.tell(self.record, run_dir)
         return code

@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +47,22 @@ class Wanted:
 
 @dataclass
 class Batch:
-    """Runs that are handed over together: one array, or one pool."""
+    """Runs that are handed over together: one array, or one pool. Behind them `slots` for trials of a search, which find out
+    when they start what they run, and ask for what `like` asks for."""
 
     runs: list[Wanted]
+    slots: int = 0
+    like: Wanted | None = None
     uid: str = field(default_factory=lambda: f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}")
     job_id: str | None = None
+
+    @property
+    def first(self) -> Wanted:
+        return self.like or self.runs[0]
+
+    @property
+    def size(self) -> int:
+        return len(self.runs) + self.slots
 
 
 @contextmanager
@@ -67,14 +78,16 @@ def submitting(runs_dir: Path) -> Iterator[int]:
         yield file.fileno()
 
 
-def batches(wanted: Sequence[Wanted]) -> list[Batch]:
-    """The runs by what they ask of the scheduler, each no longer than an array may be."""
+def batches(wanted: Sequence[Wanted], slots: int = 0, like: Wanted | None = None) -> list[Batch]:
+    """The runs by what they ask of the scheduler, none longer than an array may be; then the slots."""
     groups: dict[str, list[Wanted]] = {}
     for run in wanted:
         shape = json.dumps([run.config["launcher"], run.launch["num_processes"]], sort_keys=True)
         groups.setdefault(shape, []).append(run)
-    most = slurm.max_array_size() if any(run.launcher.kind == "slurm" for run in wanted) else len(wanted)
-    return [Batch(group[start : start + most]) for group in groups.values() for start in range(0, len(group), most)]
+    on_slurm = any(run.launcher.kind == "slurm" for run in (*wanted, *([like] if like else [])))
+    most = slurm.max_array_size() if on_slurm else len(wanted) + slots
+    found = [Batch(group[at : at + most]) for group in groups.values() for at in range(0, len(group), most)]
+    return found + [Batch([], min(most, slots - at), like) for at in range(0, slots, most)]
 
 
 def record(runs_dir: Path, name: str, batch: Batch, more: Mapping[str, Any]) -> Path:
@@ -83,11 +96,12 @@ def record(runs_dir: Path, name: str, batch: Batch, more: Mapping[str, Any]) -> 
     folder.mkdir(parents=True)
     content = {
         "uid": batch.uid,
-        "kind": batch.runs[0].launcher.kind,
+        "kind": batch.first.launcher.kind,
         "name": name,
         "created": time.time(),
         "runs": [str(run.path) for run in batch.runs],
-        "array": len(batch.runs) > 1 or "search" in more,
+        "slots": batch.slots,
+        "array": batch.size > 1,
         "job_id": None,
         **more,
     }
@@ -139,19 +153,25 @@ def again(
 
 
 def to_slurm(
-    runs_dir: Path, name: str, wanted: Sequence[Wanted], snapshot: Snapshot, lock: int, after: Sequence[str] = ()
+    runs_dir: Path,
+    name: str,
+    found: Sequence[Batch],
+    snapshot: Snapshot,
+    lock: int,
+    after: Sequence[str] = (),
+    search: str | None = None,
 ) -> list[Batch]:
-    """Submits the runs, an array a batch; the batches that have a job. Those without one met the scheduler's limit.
+    """Submits the batches, each an array; those that have a job then. Those without one met the scheduler's limit.
 
     `after`: jobs whose runs count against max_parallel. UserError, and nothing is made, where sbatch would refuse one.
     """
-    found, paths = batches(wanted), python_path(snapshot)
-    folders = [record(runs_dir, name, batch, {}) for batch in found]
+    paths = python_path(snapshot)
+    folders = [record(runs_dir, name, batch, {"search": search} if search else {}) for batch in found]
     try:
         for batch, folder in zip(found, folders, strict=True):
-            write_script(folder, name, batch, paths, batch.runs[0].launcher, None)
+            write_script(folder, name, batch, paths, batch.first.launcher, None)
         for number, folder in enumerate(folders):
-            same = number and found[number].runs[0].config["launcher"] == found[number - 1].runs[0].config["launcher"]
+            same = number and found[number].first.config["launcher"] == found[number - 1].first.config["launcher"]
             if not same and (refusal := slurm.check(folder / "job.sh")):
                 raise UserError(f"sbatch would refuse the job: {refusal}")
     except UserError:
@@ -160,7 +180,7 @@ def to_slurm(
         raise
     earlier = list(after)
     for number, (batch, folder) in enumerate(zip(found, folders, strict=True)):
-        launcher = batch.runs[0].launcher
+        launcher = batch.first.launcher
         assert isinstance(launcher, schema.Slurm)
         if launcher.max_parallel and earlier:
             # %N throttles one array: the next waits for it, so that never more than N run
@@ -177,7 +197,7 @@ def to_slurm(
             break
         amend(runs_dir, batch.uid, job_id=batch.job_id)
         earlier = [batch.job_id] if launcher.max_parallel else []
-    return found
+    return [batch for batch in found if batch.job_id]
 
 
 def withdraw(batch: Batch, folder: Path) -> None:
@@ -196,17 +216,16 @@ def write_script(
     paths: Sequence[str],
     launcher: schema.Launcher,
     dependency: str | None,
-    count: int | None = None,
 ) -> str:
     """Writes the sbatch script of a batch; its text."""
     assert isinstance(launcher, schema.Slurm)
     text = slurm.script(
         launcher,
-        batch.runs[0].launch["num_processes"],
+        batch.first.launch["num_processes"],
         job_name(name, batch.uid),
         shlex.join([sys.executable, "-P", "-u", "-m", "fairexp.launch.job", str(folder / "submission.json")]),
         folder,
-        count or (len(batch.runs) if len(batch.runs) > 1 else None),
+        batch.size if batch.size > 1 else None,
         paths,
         exclude=bad_hosts(batch),
         dependency=dependency,
@@ -244,8 +263,3 @@ def recover(runs_dir: Path, uids: Sequence[str]) -> None:
             job_id = slurm.find(job_name(content["name"], uid))
             if job_id:
                 amend(runs_dir, uid, job_id=job_id)
-
-
-def as_record(settings: Any) -> dict[str, Any]:
-    """A dataclass for JSON."""
-    return asdict(settings)

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -196,11 +196,12 @@ def reconcile(
             wanted = [grouped(run.wanted, folder.name) for run in todo]
             if isinstance(launcher, schema.Slurm):
                 going = [state.job.partition("_")[0] for state in now.values() if state.word in LIVE and state.job]
-                batches = submission.to_slurm(runs_dir, folder.name, wanted, taken, lock, sorted(set(going)))
-                jobs = [batch.job_id for batch in batches if batch.job_id]
-                submitted = sum(len(batch.runs) for batch in batches if batch.job_id)
+                batches = submission.batches(wanted)
+                handed = submission.to_slurm(runs_dir, folder.name, batches, taken, lock, sorted(set(going)))
+                jobs = [str(batch.job_id) for batch in handed]
+                submitted = sum(batch.size for batch in handed)
             else:
-                jobs = [pool.start(runs_dir, folder.name, wanted, taken, warm)]
+                jobs = [pool.start(runs_dir, folder.name, submission.Batch(wanted), taken, warm)]
                 warm = None
                 submitted = len(wanted)
         else:
@@ -339,12 +340,12 @@ def resources(wanted: Wanted) -> str:
     return ", ".join(parts)
 
 
-def follow(folder: SweepDir) -> int:
-    """A live table until no run goes on; Ctrl-C ends the showing alone."""
+def follow(folder: SweepDir, waiting: Callable[[], int] = int) -> int:
+    """A live table until no run goes on, and none is `waiting` to be made; Ctrl-C ends the showing alone."""
     from fairexp.runs.table import live
 
     try:
-        ended = live(folder.runs, folder.labels)
+        ended = live(folder.runs, folder.labels, waiting)
     except KeyboardInterrupt:
         return DONE
     return DONE if all(word == "finished" for word in ended) else FAILED

@@ -77,10 +77,10 @@ def train(
             for line in taken.left_out:
                 say(f"left out of the snapshot: {line}")
             wanted = submission.Wanted(path, config, command, launch)
-            (batch,) = submission.to_slurm(path.parent, config["name"], [wanted], taken, lock)
-            if batch.job_id is None:
+            batches = submission.batches([wanted])
+            if not submission.to_slurm(path.parent, config["name"], batches, taken, lock):
                 return FAILED
-            say(f"{path}: job {batch.job_id}; fairexp watch {run_dir.id} shows it, fairexp cancel {run_dir.id} ends it")
+            say(f"{path}: job {batches[0].job_id}; fairexp watch {run_dir.id} shows it, fairexp cancel {run_dir.id} ends it")
         else:
             run_dir = start_here(path, config, command, launch, here)
             threads = launch["threads"]

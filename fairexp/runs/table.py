@@ -96,9 +96,13 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Any:
     return table
 
 
-def live(runs: Callable[[], Sequence[RunDir]], labels: Callable[[], Mapping[str, str]]) -> list[str]:
-    """Shows the runs on stderr until none is queued or running; their states then. On a terminal the table stands still, else
-    each change is a line."""
+def live(
+    runs: Callable[[], Sequence[RunDir]], labels: Callable[[], Mapping[str, str]], waiting: Callable[[], int]
+) -> list[str]:
+    """Shows the runs on stderr until none is queued or running, and none is still to come; their states then.
+
+    On a terminal the table stands still, else each change is a line.
+    """
     from rich.console import Console
     from rich.live import Live
 
@@ -115,7 +119,7 @@ def live(runs: Callable[[], Sequence[RunDir]], labels: Callable[[], Mapping[str,
                     print(
                         f"{Path(run['run_dir']).name}: {run['state']}, step {run['step']}", file=sys.stderr, flush=True
                     )
-            if not any(run["state"] in LIVE for run in found):
+            if not any(run["state"] in LIVE for run in found) and not waiting():
                 return [run["state"] for run in found]
             time.sleep(PERIOD_S)
 
