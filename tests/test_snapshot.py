@@ -9,8 +9,9 @@ import stat
 import subprocess
 import sys
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -53,7 +54,7 @@ def repo(tmp_path: Path) -> Path:
     return folder
 
 
-def write(folder: Path, files: dict[str, str | bytes]) -> None:
+def write(folder: Path, files: Mapping[str, str | bytes]) -> None:
     for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -550,7 +551,7 @@ def test_the_commit_and_the_patch_make_the_work_tree_again(repo: Path, tmp_path:
         repo, {"crlf.txt": "a\r\nb\r\n", "latin.txt": b"caf\xe9\n", "weights.bin": bytes(range(256)), "gone.txt": "x\n"}
     )
     head = commit(repo)
-    changed = {
+    changed: dict[str, str | bytes] = {
         "crlf.txt": "a\r\nc\r\n",
         "latin.txt": b"\xe9t\xe9\n",
         "weights.bin": bytes(range(255)),
@@ -598,6 +599,17 @@ def test_the_patch_holds_nothing_of_the_files_that_are_left_out(repo: Path) -> N
         "conf/fine.py",
         "ourpaper/nets.py",
     }
+
+
+def test_a_secret_file_that_has_got_another_name_leaves_no_old_line_in_the_patch(repo: Path) -> None:
+    lines = "".join(f"line {number}\n" for number in range(20))
+    write(repo, {".env": lines + "old secret\n"})
+    commit(repo)
+    git(repo, "mv", ".env", "notes.txt")
+    write(repo, {"notes.txt": lines})
+    patch = take(repo).patch
+    assert "+line 19" in patch
+    assert "secret" not in patch
 
 
 def test_a_patch_over_the_limit_is_left_out_with_a_line(repo: Path) -> None:
@@ -698,7 +710,7 @@ def test_the_slower_process_drops_its_copy(repo: Path, tmp_path: Path, monkeypat
 def test_a_file_that_is_edited_during_the_copy_gives_the_id_of_what_was_copied(
     repo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def edit_first(*words: dict) -> dict[str, bytes]:
+    def edit_first(*words: Any) -> dict[str, bytes]:
         write(repo, {"ourpaper/nets.py": "WIDTH = 'edited'\n"})
         (repo / "temporary.py").unlink()
         return publish(*words)
@@ -782,6 +794,7 @@ def test_editable_installs_by_a_finder_are_imported_from_the_snapshot(
         "single": repo / "lib/single",
         "a.b": repo / "ns/a/b",
         "renamed": repo / "odd",
+        "fairexp.configs": repo / "odd",
         "gone": repo / "gone",
         "elsewhere": tmp_path / "elsewhere",
     }

@@ -94,6 +94,8 @@ def start(
     search: str | None = None,
 ) -> str:
     """Starts a pool for the runs and returns at once; its process id. The first run starts before the last folder is made."""
+    devices = slot_names(batch.first.launcher)
+    Slots(devices)  # UserError, and nothing is made, where they can't be shared out
     warm = warm or Warm()
     pid = warm.process.pid
     record = {
@@ -101,7 +103,7 @@ def start(
         "pid": pid,
         "started": start_time(pid),
         "submitter": own_process(),
-        "devices": slot_names(batch.first.launcher),
+        "devices": devices,
         "job_id": str(pid),
         **({"search": search, "num_processes": batch.first.launch["num_processes"]} if search else {}),
     }
