@@ -327,11 +327,14 @@ def examine(arguments: Sequence[str]) -> int:
     """Looks for what a run would trip over."""
     flags, overrides = take_flags(arguments, ("--config-dir", "--config-name"), ("--json",))
     from fairexp.config.compose import compose
+    from fairexp.config.validate import sections
     from fairexp.launch.doctor import doctor
 
     folders = [Path(folder) for folder in flags.get("--config-dir", [])]
-    config = compose(overrides, folders, flags.get("--config-name", ["train"])[-1]).config
-    return doctor(config["launcher"], config, "--json" in flags)
+    composed = compose(overrides, folders, flags.get("--config-name", ["train"])[-1])
+    if problems := list(sections(composed)):
+        raise UserError(*problems)
+    return doctor(composed.config, "--json" in flags)
 
 
 def evaluate(arguments: Sequence[str]) -> int:

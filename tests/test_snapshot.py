@@ -367,6 +367,14 @@ def test_the_folder_of_runs_is_never_copied(kind: str, request: pytest.FixtureRe
     assert take(here, runs_dir=here.parent / "link").id == before.id
 
 
+def test_without_git_another_folder_of_runs_is_not_code_unless_one_works_in_it(plain: Path) -> None:
+    before = take(plain)
+    write(plain, {"old/.lock": "", "old/submissions/u/a.json": "", "old/a-1/config.yaml": ""})
+    assert take(plain).id == before.id
+    write(plain, {".lock": "", "submissions/u/a.json": ""})
+    assert take(plain, runs_dir=plain).id == before.id
+
+
 @pytest.mark.parametrize("kind", ["repo", "plain"])
 def test_code_in_the_folder_of_runs_is_copied_and_the_runs_are_not(kind: str, request: pytest.FixtureRequest) -> None:
     here: Path = request.getfixturevalue(kind)

@@ -99,10 +99,14 @@ def resolved(tree: DictConfig, composed: Composed) -> Composed:
     config = OmegaConf.to_container(tree, resolve=True)
     assert isinstance(config, dict)
     if config.get("name") is None:
-        choices = composed.choices
-        name = choices.get("experiment") or f"{choices.get('model')}_{choices.get('dataset')}"
-        config["name"] = name.replace("/", "_")  # an option may lie in a folder of its group
+        config["name"] = default_name(composed.choices)
     return replace(composed, config={str(key): value for key, value in config.items()})
+
+
+def default_name(choices: Mapping[str, str | None]) -> str:
+    """The experiment's name, else the model's and the data set's."""
+    name = choices.get("experiment") or f"{choices.get('model')}_{choices.get('dataset')}"
+    return name.replace("/", "_")  # an option may lie in a folder of its group
 
 
 def parse(overrides: Sequence[str]) -> list[Override]:

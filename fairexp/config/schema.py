@@ -99,9 +99,9 @@ class Slurm(Launcher):
     max_parallel: Positive | None
     max_failures: Positive
     exclude: list[str]
-    sbatch: dict[str, Any]
+    sbatch: dict[str, str | int | float | bool]
     setup: list[str]
-    env: dict[str, Any]
+    env: dict[str, str | int | float]
     snapshot_max_mb: Positive
     snapshot_exclude: list[str]
 
@@ -177,9 +177,12 @@ def fits(value: Any, annotation: Any) -> bool:
     if origin is list:
         return isinstance(value, list) and all(fits(item, get_args(annotation)[0]) for item in value)
     if origin is dict:
-        return isinstance(value, dict) and all(isinstance(item, str | int | float) for item in value.values())
+        values = get_args(annotation)[1]
+        return isinstance(value, dict) and (values is Any or all(fits(item, values) for item in value.values()))
     if annotation is type(None):
         return value is None
+    if annotation is bool:
+        return isinstance(value, bool)
     if annotation is float:
         return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if annotation is int:
@@ -192,7 +195,9 @@ _settings: dict[type, dict[str, Any]] = {}
 
 def settings(section: type) -> dict[str, Any]:
     """Each field's name and annotation, in order."""
-    if section not in _settings:  # get_type_hints takes 0.2 ms, and a sweep of a thousand runs asks eight thousand times
+    if (
+        section not in _settings
+    ):  # get_type_hints takes 0.2 ms, and a sweep of a thousand runs asks eight thousand times
         hints = get_type_hints(section, include_extras=True)
         _settings[section] = {field.name: hints[field.name] for field in fields(section)}
     return _settings[section]

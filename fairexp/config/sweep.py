@@ -23,7 +23,7 @@ from hydra.core.override_parser.types import IntervalSweep, Override, QuotedStri
 from omegaconf import DictConfig, OmegaConf
 
 from fairexp.config import schema
-from fairexp.config.compose import Composed, compose_tree, config_folders, parse_sweep, resolved
+from fairexp.config.compose import Composed, compose_tree, config_folders, default_name, parse_sweep, resolved
 from fairexp.config.diagnose import find_file, one_line, place
 from fairexp.config.groups import groups
 from fairexp.config.identity import NOT_IDENTITY
@@ -219,7 +219,8 @@ def _values(override: Override) -> list[_Value]:
         assert isinstance(interval, IntervalSweep)
         assert interval.start is not None
         assert interval.end is not None
-        return [_Value(key, f"{key}={end}", end) for end in (interval.start, interval.end)]
+        number = int if _is_whole(override) else float
+        return [_Value(key, f"{key}={number(end)}", number(end)) for end in (interval.start, interval.end)]
     texts = override.sweep_string_iterator()
     raw = override.sweep_iterator(transformer=Transformer.identity)
     return [_Value(key, f"{key}={text}", _plain(value)) for text, value in zip(texts, raw, strict=True)]
@@ -314,7 +315,7 @@ class _Base:
                 raise UserError(f"{key} (command line): ??? must be given: add {key}=...")
             _assign(config, key, value)
         if config.get("name") is None:
-            config["name"] = self.composed.config["name"]
+            config["name"] = default_name(self.composed.choices)
         return replace(composed, config=config)
 
     def _is_read(self, key: str) -> bool:
@@ -379,9 +380,9 @@ def _search(
         if isinstance(sweep, IntervalSweep):
             assert sweep.start is not None
             assert sweep.end is not None
-            whole = isinstance(sweep.start, int) and isinstance(sweep.end, int) and not _is_float_text(override)
+            whole = _is_whole(override)
             kind = "int" if whole else "float"
-            low, high = sweep.start, sweep.end
+            low, high = (int(sweep.start), int(sweep.end)) if whole else (sweep.start, sweep.end)
             log = "log" in sweep.tags
             if low > high or (log and low <= 0):
                 raise UserError(
@@ -426,6 +427,7 @@ def _search(
     return Sweep(name, tuple(values), settings, points, failures, Search(space, group_keys, bases))
 
 
-def _is_float_text(override: Override) -> bool:
+def _is_whole(override: Override) -> bool:
+    """Whether an interval's ends are written as integers; the parser makes floats of them."""
     inside = re.search(r"interval\(([^)]*)\)", str(override.input_line))
-    return bool(inside and re.search(r"[.eE]", inside[1]))
+    return bool(inside and not re.search(r"[.eE]", inside[1]))

@@ -173,7 +173,7 @@ class _Tree:
                 continue
             if current != folder and any(entry.name in VIRTUAL for entry in entries):
                 continue
-            if {".lock", "submissions"} <= {entry.name for entry in entries}:
+            if current != folder and {".lock", "submissions"} <= {entry.name for entry in entries}:
                 continue  # another folder of runs
             seen += len(entries)
             if seen > MOST_FILES:

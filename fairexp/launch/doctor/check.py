@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Literal
@@ -57,7 +57,7 @@ def ask(*command: str) -> str:
     return done.stdout.strip()
 
 
-def examine(checks: Sequence[Check]) -> Iterator[tuple[Check, Finding]]:
+def examine(checks: Sequence[Check]) -> Generator[tuple[Check, Finding]]:
     """The findings, in the checks' order; all of them look at once."""
     began = time.monotonic()
     started = [(check, *_start(check)) for check in checks]

@@ -15,7 +15,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,11 +23,12 @@ from fairexp.config.nearest import nearest
 from fairexp.config.schema import Slurm, Trainer
 from fairexp.errors import UserError
 from fairexp.launch import slurm as submission
-from fairexp.launch.doctor.check import Finding, Problems, State, ask, judge
-from fairexp.launch.doctor.machine import GIB, PROBE, judge_torch, shm_problems, skew_problems, standing
+from fairexp.launch.doctor.check import Finding, Problems, ask, judge
+from fairexp.launch.doctor.machine import PROBE, judge_probe, skew_problems, standing
+from fairexp.runs.find import runs
 
 JOB_WAIT_S = 60.0  # for the test job to start and to answer
-Row = Mapping[str, str]
+Row = dict[str, str]
 
 
 def settings() -> Row:
@@ -64,8 +64,7 @@ def slurm(launcher: Slurm) -> Finding:
         return Finding("fail", "no sbatch on PATH", "go to a login node of the cluster, or use launcher=local")
     found, (names, known) = settings(), partitions(launcher)
     if unknown := [name for name in names or ["default"] if name not in known]:
-        advice = f"set launcher.partition{nearest(unknown[0], known)}"
-        return Finding("fail", f"no {unknown[0]} partition", advice)
+        return Finding("fail", f"no partition {unknown[0]}", f"set launcher.partition{nearest(unknown[0], known)}")
     words = ", ".join(f"{name} {found[name]}" for name in ("MaxArraySize", "MaxJobCount"))
     return Finding("ok", f"{ask('sinfo', '-V')}, cluster {found['ClusterName']}: {words}")
 
@@ -73,8 +72,7 @@ def slurm(launcher: Slurm) -> Finding:
 def accounting(launcher: Slurm) -> Finding:
     """Whether sacct can say how a job ended that slurmctld has forgotten, and whether account and qos are this user's."""
     found = settings()
-    kind, enforced = found["AccountingStorageType"], found["AccountingStorageEnforce"].lower()
-    if kind.endswith(("none", "(null)")):
+    if found["AccountingStorageType"].endswith(("none", "(null)")):
         advice = f"how a job ended is known for {found['MinJobAge']}, then only by the run's own files"
         return Finding("warn", "off, sacct can't answer", advice)
     ask("sacct", "--noheader", "--allocations", "--starttime=now")
@@ -84,18 +82,17 @@ def accounting(launcher: Slurm) -> Finding:
     longest = dict(row.split("|") for row in ask("sacctmgr", "-nP", "show", "qos", "format=name,maxwall").splitlines())
     name, qos, accounts = launcher.account, launcher.qos, sorted({account for account, _ in own})
     allowed = {each for account, some in own if account == (name or account) for each in some}
-    state: State = "warn" if enforced in ("none", "(null)") else "fail"
     problems: Problems = []
     if not own:
-        problems.append((state, "ask for an account"))
+        problems.append(("warn", "ask for an account"))
     elif name and name not in accounts:
-        problems.append((state, f"set launcher.account: {name} is not yours{nearest(name, accounts)}"))
+        problems.append(("warn", f"set launcher.account: {name} is not yours{nearest(name, accounts)}"))
     elif qos and qos not in allowed:
-        problems.append((state, f"set launcher.qos: {qos} is not yours{nearest(qos, allowed)}"))
+        problems.append(("warn", f"set launcher.qos: {qos} is not yours{nearest(qos, allowed)}"))
     elif qos and (limit_s := seconds(longest[qos])) < 60 * launcher.timeout_min:
-        problems.append((state, f"set launcher.timeout_min to {limit_s // 60:.0f} or less, the longest of qos {qos}"))
+        problems.append(("warn", f"set launcher.timeout_min to {limit_s // 60:.0f} or less, the longest of qos {qos}"))
     words = f"yours: {', '.join(accounts) or 'none'}; asked: account {name or 'default'}, qos {qos or 'default'}"
-    return judge(f"sacct answers; {words}; the cluster enforces {enforced}", problems)
+    return judge(f"sacct answers; {words}; the cluster enforces {found['AccountingStorageEnforce']}", problems)
 
 
 def partition(launcher: Slurm) -> Finding:
@@ -118,8 +115,10 @@ def nodes(launcher: Slurm, ranks: int) -> Finding:
     names = ",".join(row["PartitionName"] for row in asked_for(launcher))
     lines = ask("sinfo", "-h", "-N", "-p", names, "-o", "%N|%T|%E|%c|%m|%G").splitlines()
     rows = {line.partition("|")[0]: line.split("|") for line in lines}  # a node of several partitions counts once
-    holds = {name: (int(row[3]), int(row[4]) / 1024, num_gpus(row[5])) for name, row in rows.items()}
-    # a star marks one that doesn't answer
+    # the gres `gpu:a100:4(S:0-1),gpu:2` is 6 GPUs
+    gpus = {name: sum(map(int, re.findall(r"(?:^|,)gpu(?::[^:,(]+)?:(\d+)", row[5]))) for name, row in rows.items()}
+    holds = {name: (int(row[3]), int(row[4]) / 1024, gpus[name]) for name, row in rows.items()}
+    # a star marks a node that doesn't answer
     away = {name: f"{row[1]} ({row[2]})" for name, row in rows.items() if re.match(r"down|drain|fail|.*\*", row[1])}
     asked = ((launcher.cpus_per_process or 0) * ranks or 1, launcher.mem_gb or 0, launcher.gpus_per_node or 0)
     large = [name for name, has in holds.items() if all(one >= other for one, other in zip(has, asked, strict=True))]
@@ -138,14 +137,10 @@ def nodes(launcher: Slurm, ranks: int) -> Finding:
     return judge(f"{words}; asked: {launcher.nodes} with {shape.format(*asked)}", problems)
 
 
-def num_gpus(gres: str) -> int:
-    """Of a node's gres: `gpu:a100:4(S:0-1),gpu:2` has 6."""
-    return sum(map(int, re.findall(r"(?:^|,)gpu(?::[^:,(]+)?:(\d+)", gres)))
-
-
 def preemption(launcher: Slurm, runs_dir: Path) -> Finding:
     """The time that a run has to save in, against the slowest save; a preempted one has GraceTime, and KillWait after it."""
-    found, rows, save_s = settings(), asked_for(launcher), slowest_save(runs_dir)
+    found, rows = settings(), asked_for(launcher)
+    save_s = max((run.status().get("save_s", 0.0) for run in runs(runs_dir)), default=0.0)
     left_s = min(seconds(row["GraceTime"]) for row in rows) + seconds(found["KillWait"])
     modes = {row["PreemptMode"] for row in rows} if found["PreemptMode"] != "OFF" else {"OFF"}
     problems: Problems = []
@@ -162,21 +157,13 @@ def preemption(launcher: Slurm, runs_dir: Path) -> Finding:
     return judge(f"{words}, signal_lead_s {launcher.signal_lead_s}; {saved}", problems)
 
 
-def slowest_save(runs_dir: Path) -> float:
-    """Seconds; 0 where no run has measured it."""
-    found = [0.0]
-    for file in runs_dir.glob("*/status.json"):
-        with suppress(OSError, ValueError):  # a broken run is no reason to stop
-            found.append(json.loads(file.read_text(encoding="utf-8")).get("save_s", 0.0))
-    return max(found)
-
-
 def test_job(launcher: Slurm, ranks: int, trainer: Trainer, runs_dir: Path) -> Finding:
     """Whether Slurm takes all that a run asks for, and whether a node sees runs_dir, Python, torch and its GPU."""
     folder = Path(tempfile.mkdtemp(prefix=".doctor-", dir=standing(runs_dir)))
     name = f"fairexp-doctor-{folder.name.removeprefix('.doctor-')}"
     gpu = 1 if launcher.gpus_per_node else None  # can torch use it? And many a partition takes no job without
-    small = {"nodes": 1, "cpus_per_process": None, "mem_gb": None, "gpus_per_node": gpu, "signal_lead_s": 1}
+    small = replace(launcher, nodes=1, cpus_per_process=None, mem_gb=None, gpus_per_node=gpu)
+    small = replace(small, timeout_min=1, signal_lead_s=1)
     look = f"cd {shlex.quote(str(folder))} && {shlex.quote(sys.executable)} probe.py > draft && mv draft seen.json"
     script, command = folder / "job.sh", shlex.join(["sh", "-c", look])
     try:
@@ -184,8 +171,7 @@ def test_job(launcher: Slurm, ranks: int, trainer: Trainer, runs_dir: Path) -> F
         script.write_text(submission.script(launcher, ranks, name, command, folder, None, []))
         if refusal := submission.check(script):
             raise UserError(f"sbatch would refuse a run: {refusal}")
-        launcher = replace(launcher, timeout_min=1, **small)
-        script.write_text(submission.script(launcher, 1, name, command, folder, None, []))
+        script.write_text(submission.script(small, 1, name, command, folder, None, []))
         return answer(submission.submit(script, name, ()), folder, launcher, trainer)
     except (UserError, submission.LimitReached) as error:
         return Finding("fail", str(error), "change what launcher asks for")
@@ -205,26 +191,23 @@ def answer(job: str, folder: Path, launcher: Slurm, trainer: Trainer) -> Finding
                 words = f"job {job} after {took_s:.0f} s: {state} {host or reason}"
                 return Finding("warn", words, "it was cancelled; a run would wait too")
         elif took_s > (ended_s := min(ended_s, took_s)) + 3:  # what the node wrote has had time to appear
-            return silent(f"job {job} on {host}: {state}", folder)
+            words, advice = (
+                f"what it wrote in {folder.parent} is not seen here",
+                "set runs_dir to a folder that nodes share",
+            )
+            if outputs := sorted(folder.glob("*.out")):
+                words = outputs[0].read_text(errors="replace")[-300:]
+                advice = f"make {sys.executable} work there: install it where all nodes see it, or mend launcher.setup"
+            return Finding("fail", f"job {job} on {host}: {state}; {words}", advice)
         time.sleep(0.5)
     seen = folder / "seen.json"
     return judge_node(json.loads(seen.read_text()) | {"written": seen.stat().st_mtime}, launcher, trainer)
 
 
-def silent(job: str, folder: Path) -> Finding:
-    """Why a job has ended without an answer."""
-    if not (outputs := sorted(folder.glob("*.out"))):
-        advice = "set runs_dir to a folder that all nodes share"
-        return Finding("fail", f"{job}; what it wrote in {folder.parent} is not seen here", advice)
-    advice = f"make {sys.executable} work there: install it where all nodes see it, or mend launcher.setup"
-    return Finding("fail", f"{job}; {outputs[0].read_text(errors='replace')[-300:]}", advice)
-
-
 def judge_node(seen: Mapping[str, Any], launcher: Slurm, trainer: Trainer) -> Finding:
-    """`seen`: the probe's, and the time that the file system gave its file."""
-    words, problems = judge_torch(seen, launcher.gpus_per_node or 0, trainer)
-    problems += [*shm_problems(seen["shm"], trainer), *skew_problems(seen["written"] - seen["time"])]
+    """`seen`: by PROBE, and the time that the file system gave its file."""
+    words, problems = judge_probe(seen, launcher.gpus_per_node or 0, trainer)
+    problems += skew_problems(seen["written"] - seen["time"])
     if seen["python"] != platform.python_version():
         problems.append(("fail", f"{sys.executable} is {platform.python_version()} here: let nodes see the same"))
-    shm = f"/dev/shm {seen['shm'] / GIB:.1f} GiB free"
-    return judge(f"{seen['host']} sees runs_dir; Python {seen['python']}; {words}; {shm}", problems)
+    return judge(f"{seen['host']} sees runs_dir; Python {seen['python']}; {words}", problems)

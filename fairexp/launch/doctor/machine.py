@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import netrc
 import os
 import platform
@@ -23,8 +24,6 @@ from fairexp.launch.doctor.check import Finding, Problems, ask, judge
 from fairexp.launch.submit import visible_gpus
 
 GIB = 2**30
-GPUS_LIMIT_S = 120.0  # to import torch twice from a cold network file system, and for ranks to meet
-MAX_SKEW_S = 5.0  # heartbeats of other hosts are compared with this one's clock
 
 # What a Python process sees, here or on a node of a cluster; run as a program of its own.
 PROBE = """
@@ -42,7 +41,7 @@ try:
         seen["gpus"] = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
         seen["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
 except Exception as error:
-    seen["torch_error"] = f"{type(error).__name__}: {error}"
+    seen["error"] = f"{type(error).__name__}: {error}"
 print(json.dumps({**seen, "time": time.time()}))
 """
 
@@ -52,10 +51,9 @@ import datetime, sys, tempfile, torch
 from torch import distributed, multiprocessing
 
 def work(rank, backend, ranks, store):
-    device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
     limit = datetime.timedelta(seconds=30)
     distributed.init_process_group(backend, init_method=store, rank=rank, world_size=ranks, timeout=limit)
-    one = torch.ones(1, device=device)
+    one = torch.ones(1, device=f"cuda:{rank}" if backend == "nccl" else "cpu")
     distributed.all_reduce(one)
     assert one.item() == ranks, f"the sum of {ranks} ones is {one.item()}"
 
@@ -74,11 +72,7 @@ def versions() -> Finding:
     for need in map(Requirement, metadata.requires("fairexp") or []):
         if need.marker:  # an extra's
             continue
-        try:
-            version = metadata.version(need.name)
-        except metadata.PackageNotFoundError:
-            problems.append(("fail", f"install {need}"))
-            continue
+        version = metadata.version(need.name)
         words.append(f"{need.name} {version}")
         if not need.specifier.contains(version, prereleases=True):
             problems.append(("warn", f"{need.name} {version}: install {need}"))
@@ -86,9 +80,9 @@ def versions() -> Finding:
 
 
 def gpus(trainer: Trainer) -> Finding:
-    """The GPUs as torch sees them; with several, also whether they can sum a number."""
+    """What a run's processes would see here; where that is several GPUs, also whether they can sum a number."""
     seen = json.loads(ask(sys.executable, "-c", PROBE))
-    words, problems = judge_torch(seen, len(visible_gpus()), trainer)
+    words, problems = judge_probe(seen, len(visible_gpus()), trainer)
     if len(seen["gpus"]) > 1:
         try:
             ask(sys.executable, "-c", REDUCE, "nccl", str(len(seen["gpus"])))
@@ -97,37 +91,25 @@ def gpus(trainer: Trainer) -> Finding:
     return judge(words, problems)
 
 
-def judge_torch(seen: Mapping[str, Any], devices: int, trainer: Trainer) -> tuple[str, Problems]:
-    """What the probe saw of torch and the GPUs, in words. `devices`: how many GPUs there should be."""
-    if "torch_error" in seen:
-        return "torch does not work", [("fail", f"install torch anew: {seen['torch_error']}")]
+def judge_probe(seen: Mapping[str, Any], devices: int, trainer: Trainer) -> tuple[str, Problems]:
+    """What PROBE saw, in words. `devices`: how many GPUs there should be."""
     words = [", ".join(f"{count} x {name}" for name, count in Counter(seen["gpus"]).items()) or "no GPU"]
-    words += [f"torch {seen['torch']} for {'CUDA ' + seen['cuda'] if seen['cuda'] else 'the CPU'}"]
-    if takes := seen.get("driver"):
-        words += [f"driver for CUDA up to {takes // 1000}.{takes % 1000 // 10}"]
+    problems: Problems = []
+    if "error" in seen:
+        problems.append(("fail", f"install torch anew: {seen['error']}"))
+    else:
+        words += [f"torch {seen['torch']} for {'CUDA ' + seen['cuda'] if seen['cuda'] else 'the CPU'}"]
+    if seen.get("driver"):
+        words += [f"driver for CUDA up to {seen['driver'] // 1000}.{seen['driver'] % 1000 // 10}"]
     if seen["gpus"]:
         words += [f"NCCL {seen['nccl']}"]
-    problems: Problems = []
-    if devices and not seen["gpus"] and trainer.device != "cpu":
-        problems.append(("fail", f"torch can't use the {devices} GPUs: install one for a CUDA that the driver takes"))
-    elif not seen["gpus"] and trainer.device == "cuda":
-        problems.append(("fail", "trainer.device is cuda: use auto or cpu"))
-    return "; ".join(words), problems
-
-
-def shared_memory(trainer: Trainer) -> Finding:
-    """/dev/shm, through which data loading workers hand over batches."""
-    found = os.statvfs("/dev/shm")
-    free = found.f_bavail * found.f_frsize
-    return judge(f"/dev/shm: {free / GIB:.1f} GiB free", shm_problems(free, trainer))
-
-
-def shm_problems(free: int, trainer: Trainer) -> Problems:
-    """A worker that finds it full dies of SIGBUS. Containers have 64 MiB unless told otherwise. `free`: bytes."""
-    advice = "enlarge /dev/shm (docker run --shm-size=8g), or use trainer.num_workers=0"
-    if free >= GIB:
-        return []
-    return [("fail" if free <= GIB // 16 and trainer.num_workers else "warn", advice)]
+    elif trainer.device == "cuda" or (devices and trainer.device == "auto"):
+        advice = "install one for a CUDA that the driver takes, or set trainer.device=cpu"
+        problems.append(("fail", f"torch can't use a GPU: {advice}"))
+    if seen["shm"] < GIB:  # a data loading worker that finds it full dies of SIGBUS; containers have 64 MiB
+        advice = "enlarge /dev/shm (docker run --shm-size=8g), or use trainer.num_workers=0"
+        problems.append(("fail" if seen["shm"] <= GIB // 16 and trainer.num_workers else "warn", advice))
+    return f"{'; '.join(words)}; /dev/shm {seen['shm'] / GIB:.1f} GiB free", problems
 
 
 def open_files() -> Finding:
@@ -146,16 +128,14 @@ def disk(runs_dir: Path) -> Finding:
     """Room and inodes."""
     found = os.statvfs(standing(runs_dir))
     free = found.f_bavail * found.f_frsize
+    inodes = found.f_favail if found.f_files else math.inf  # some file systems make them as needed
     problems: Problems = []
     if free < 5 * GIB:
         advice = "checkpoints will fill it: make room, or set runs_dir elsewhere"
         problems.append(("fail" if free < GIB // 10 else "warn", advice))
-    counted = found.f_files > 0  # some file systems make inodes as needed
-    if counted and found.f_favail < 10_000:
-        advice = "inodes run out, a run makes dozens of files: delete some"
-        problems.append(("fail" if found.f_favail < 100 else "warn", advice))
-    inodes = f" and {found.f_favail:,} inodes" if counted else ""
-    return judge(f"{runs_dir}: {free / GIB:.1f} GiB{inodes} free", problems)
+    if inodes < 10_000:
+        problems.append(("fail" if inodes < 100 else "warn", "inodes run out, a run makes dozens: delete files"))
+    return judge(f"{runs_dir}: {free / GIB:.1f} GiB and {inodes:,} inodes free", problems)
 
 
 def writes(runs_dir: Path) -> Finding:
@@ -186,18 +166,15 @@ def writes(runs_dir: Path) -> Finding:
 def skew_problems(skew_s: float) -> Problems:
     """`skew_s`: between a machine's clock and the file system's."""
     advice = f"clocks {abs(skew_s):.0f} s apart, set them (chrony, ntp): a run is told lost by its heartbeat's age"
-    return [("warn", advice)] if abs(skew_s) > MAX_SKEW_S else []
+    return [("warn", advice)] if abs(skew_s) > 5 else []
 
 
 def wandb(tracker: Mapping[str, Any]) -> Finding:
     """Whether there is a key, where one is needed. The key is never shown, and no network is asked."""
-    if tracker["_target_"] != "fairexp.runtime.trackers.wandb.Wandb":
-        return Finding("ok", "not the tracker")
-    mode = tracker["mode"] if tracker["mode"] != "auto" else os.environ.get("WANDB_MODE", "online")
-    if mode != "online":
-        return Finding("ok", f"{mode}, which needs no key")
-    if os.environ.get("WANDB_API_KEY"):
-        return Finding("ok", "online, with the key of WANDB_API_KEY")
+    mode = tracker.get("mode", "not the tracker")
+    mode = os.environ.get("WANDB_MODE", "online") if mode == "auto" else mode
+    if mode != "online" or os.environ.get("WANDB_API_KEY"):
+        return Finding("ok", f"{mode}, with the key of WANDB_API_KEY" if mode == "online" else f"{mode}: needs no key")
     file = Path(os.environ.get("NETRC") or "~/.netrc").expanduser()
     try:
         hosts = list(netrc.netrc(str(file)).hosts) if file.exists() else []
@@ -213,11 +190,7 @@ def wandb(tracker: Mapping[str, Any]) -> Finding:
 def git() -> Finding:
     """Whether a run started here can record the code's state."""
     try:
-        commit = ask("git", "rev-parse", "--short", "--verify", "HEAD")
+        return Finding("ok", f"commit {ask('git', 'describe', '--always', '--dirty')}")
     except (RuntimeError, FileNotFoundError) as error:
-        return Finding(
-            "warn", f"{os.getcwd()}: {error}", "`git init` and commit: runs record the commit and the changes"
-        )
-    lines = ask("git", "status", "--porcelain").splitlines()
-    new = sum(line.startswith("??") for line in lines)
-    return Finding("ok", f"commit {commit}, {len(lines) - new} changed and {new} new files")
+        advice = "`git init` and commit: runs record the commit and the changes"
+        return Finding("warn", f"{os.getcwd()}: {error}", advice)

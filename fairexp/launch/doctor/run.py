@@ -13,9 +13,7 @@ from typing import Any
 from fairexp.config import schema
 from fairexp.errors import DONE, FAILED, INTERRUPTED
 from fairexp.launch.doctor import cluster, machine
-from fairexp.launch.doctor.check import Check, Finding, State, examine
-
-MARKS: dict[State, str] = {"ok": "ok", "warn": "warn", "fail": "FAIL"}
+from fairexp.launch.doctor.check import Check, Finding, examine
 
 
 def doctor(config: Mapping[str, Any], as_json: bool) -> int:
@@ -25,7 +23,7 @@ def doctor(config: Mapping[str, Any], as_json: bool) -> int:
     found: dict[str, Finding] = {}
 
     def passed(*checks: Check) -> bool:
-        with closing(examine(checks)) as findings:  # type: ignore[type-var]
+        with closing(examine(checks)) as findings:
             for check, finding in findings:
                 found[check.name] = finding
                 if not as_json:
@@ -35,7 +33,8 @@ def doctor(config: Mapping[str, Any], as_json: bool) -> int:
     try:
         passed(*of_installation(config["tracker"], runs_dir))
         if not isinstance(launcher, schema.Slurm):
-            passed(*of_machine(trainer))
+            # the limit: to import torch twice from a cold network file system, and for ranks to meet
+            passed(Check("GPUs", partial(machine.gpus, trainer), "torch or NCCL", 120.0))
         elif passed(Check("slurm", partial(cluster.slurm, launcher), "slurmctld")):
             passed(*of_cluster(launcher, trainer, runs_dir))
     except KeyboardInterrupt:
@@ -49,7 +48,7 @@ def line(name: str, finding: Finding) -> str:
     """Without line breaks and control characters: parts of it come from file names and other programs."""
     text = f"{finding.seen} -> {finding.advice}" if finding.advice else finding.seen
     plain = "".join(letter if letter.isprintable() else "?" for letter in " ".join(text.split()))
-    return f"{MARKS[finding.state]:<4}  {name:<13}  {plain}"
+    return f"{finding.state.replace('fail', 'FAIL'):<4}  {name:<10}  {plain}"
 
 
 def of_installation(tracker: Mapping[str, Any], runs_dir: Path) -> list[Check]:
@@ -62,14 +61,6 @@ def of_installation(tracker: Mapping[str, Any], runs_dir: Path) -> list[Check]:
         Check("open files", machine.open_files, "the limits"),
         Check("wandb", partial(machine.wandb, tracker), "the file system of the home folder"),
         Check("git", machine.git, "git"),
-    ]
-
-
-def of_machine(trainer: schema.Trainer) -> list[Check]:
-    """Where the run is processes of this machine."""
-    return [
-        Check("GPUs", partial(machine.gpus, trainer), "torch or NCCL", machine.GPUS_LIMIT_S),
-        Check("shared memory", partial(machine.shared_memory, trainer), "/dev/shm"),
     ]
 
 
