@@ -18,20 +18,20 @@ HELP = """\
 fairexp: config-driven experiments for PyTorch
 
   fairexp train [overrides]      run an experiment; the same command resumes it or shows its result
-  fairexp train -m key=a,b ...   a sweep: every combination; again: only what is missing (also: sweep=NAME)
-  fairexp list [RUNS]            the runs: state, step, metrics, job, node, age
+  fairexp train -m key=a,b ...   a sweep, also sweep=NAME; again: only what is missing
+  fairexp list [RUNS]            the runs: state, step, metrics, job, age; --state failed: those
   fairexp show RUN               one run: its state, result, and error if it failed
   fairexp logs RUN [-f]          what its ranks printed
   fairexp watch RUN              its progress, wherever it runs; a sweep's as a live table
   fairexp cancel RUNS            end queued and running runs, for good; a running one saves first
   fairexp requeue RUNS           stop jobs of Slurm and put them back into its queue
   fairexp compare RUNS           the results side by side; --over seed: mean and 95 % interval
-  fairexp eval RUN [key=value]   evaluate a run's last checkpoint
+  fairexp eval RUN [--step N]    evaluate a run's last checkpoint; key=value changes its config
   fairexp config [overrides]     print the resolved config, and where each value comes from
   fairexp doctor [overrides]     what a run here, or on launcher=slurm, would trip over
 
   RUN is a folder, a name, an id, the beginning of one, or a job; RUNS also a sweep.
-  overrides are Hydra's: group=option, key=value, +key=value, ~key
+  overrides are Hydra's grammar; --cfg job, --info, --hydra-help are answered by Hydra (train)
   --config-dir DIR   a folder with more config groups (a paper's own configs/)
   --trust PACKAGE    let configs name classes of an installed package
   --fresh            train: a new run beside the one that these settings have
@@ -39,17 +39,13 @@ fairexp: config-driven experiments for PyTorch
   --follow           train: stay, and show the progress of what was submitted
   --retry-failed     train -m: submit failed and cancelled runs again
   --prune            train -m: cancel runs of the sweep that are no longer asked for
-  --state STATE      list: only runs in that state
   --runs-dir DIR     where the runs are, for the verbs that take RUN; runs
-  --step N           eval: the checkpoint of that step; the last one
   --json             one JSON value on stdout, for programs
-  --cfg job|hydra|all, --resolve, --info, --hydra-help: answered by Hydra (train)
 
 groups (fairexp train GROUP=OPTION):
 {groups}
 
 examples:
-  fairexp train experiment=vit_digits launcher.num_processes=2
   fairexp train experiment=vit_digits strategy=fsdp launcher=slurm launcher.nodes=2 launcher.gpus_per_node=8
   fairexp train -m model=vit,resnet18 optimizer.lr=1e-3,3e-4 seed='range(0,3)' launcher=slurm
 """

@@ -23,7 +23,7 @@ def commands() -> list[list[str]]:
 
 def test_the_commands_of_use_run_in_their_order(tmp_path: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
-    assert len(commands()) == 9
+    assert len(commands()) == 12
     for program, *words in commands():
         assert program == "fairexp"
         command = [sys.executable, "-m", "fairexp", *words, *(SHORT if words[0] == "train" else [])]
@@ -36,7 +36,7 @@ def test_the_exit_codes_are_the_programs() -> None:
 
     (line,) = re.findall(r"Exit codes: (.*)", README)
     codes = {int(code) for code in re.findall(r"\b\d+\b", line)}
-    assert codes == {errors.DONE, errors.FAILED, errors.WRONG, errors.INTERRUPTED}
+    assert codes == {errors.DONE, errors.FAILED, errors.WRONG, errors.PREEMPTED, errors.INTERRUPTED}
 
 
 def test_every_module_stands_in_the_file_tree() -> None:
@@ -55,12 +55,13 @@ def test_the_files_of_a_run_folder_are_those_that_readme_names(tmp_path: Path) -
     words = ["train", "model=mlp", "launcher.num_processes=2", "strategy=ddp", *SHORT]
     subprocess.run([sys.executable, "-m", "fairexp", *words], cwd=tmp_path, capture_output=True, check=True, timeout=120)
     (run_dir,) = (tmp_path / "runs").glob("*-*")
-    (drawing,) = re.findall(r"### The run folder\n\n(.*?)\n\n## ", README, re.DOTALL)
-    named = {re.split(r"[\s/]", line.strip())[0] for line in drawing.splitlines()[1:]} | {"tensorboard"}
+    (drawing,) = re.findall(r"### The run folder\n\n(.*?)\n\n", README, re.DOTALL)
+    lines = [line.strip() for line in drawing.splitlines()[1:] if not line.startswith(" " * 20)]
+    named = {re.split(r"[\s/]", line)[0] for line in lines} | {"tensorboard"}
     assert {path.name for path in run_dir.iterdir()} == named - {"wandb", "tensorboard"}
 
 
-@pytest.mark.parametrize("script", ["quickstart", "test", "venv"])
+@pytest.mark.parametrize("script", ["quickstart", "test", "venv", "slurm-cluster"])
 def test_the_scripts_are_sound_shell(script: str) -> None:
     path = CHECKOUT / "scripts" / script
     assert os.access(path, os.X_OK)
