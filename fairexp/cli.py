@@ -46,7 +46,7 @@ groups (fairexp train GROUP=OPTION):
 {groups}
 
 examples:
-  fairexp train experiment=vit_digits strategy=fsdp launcher=slurm launcher.nodes=2 launcher.gpus_per_node=8
+  fairexp train experiment=vit_digits strategy=fsdp launcher=slurm launcher.gpus_per_node=8
   fairexp train -m model=vit,resnet18 optimizer.lr=1e-3,3e-4 seed='range(0,3)' launcher=slurm
 """
 # Flags that Hydra answers by itself after `train`.

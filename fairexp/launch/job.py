@@ -243,8 +243,7 @@ def stopped(run_dir: RunDir, node: Node) -> int:
     """A signal stopped the ranks and they have saved: requeued exactly where the scheduler would let the run be lost."""
     status = run_dir.status()
     if node.kind != "slurm":
-        if status.get("cancel"):
-            run_dir.set_status(state="cancelled")
+        run_dir.set_status(state="cancelled" if status.get("cancel") else "interrupted")
         return INTERRUPTED
     now = slurm.standing(node)
     if now.cancelled or status.get("cancel"):
@@ -258,6 +257,7 @@ def stopped(run_dir: RunDir, node: Node) -> int:
         if last_saved(run_dir) <= status.get("resumed_at", 0):  # its whole time was not enough for a step
             changes = after_failure(run_dir, status, [])
         return back_into_the_queue(run_dir, node, status, changes)
+    run_dir.set_status(state="interrupted")
     return INTERRUPTED
 
 

@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import importlib
 import json
 import os
-import pkgutil
 import signal
 import subprocess
 import sys
 import time
 import traceback
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,16 +34,24 @@ from fairexp.runs.state import alive, own_process, start_time
 # Loads torch before it knows what for, so that this happens beside the composing; fairexp comes from the frozen code. With
 # torch what any optimizer's constructor (_dynamo, 0.5 s) and any run's last save (checkpoint) would import in each run anew.
 WARM = """
-import gc, json, sys
+import gc, json, os, sys
 gc.disable()
-import torch, torch._dynamo, torch.distributed.checkpoint
+failure = None
+try:
+    import torch, torch._dynamo, torch.distributed.checkpoint
+except Exception as error:
+    failure = error
 order = json.loads(sys.stdin.readline() or "null")
 if order:
+    log = os.open(order["folder"] + "/pool.out", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    if failure:
+        raise failure
     sys.path[:0] = order["paths"]
     from fairexp.launch import pool
     pool.serve(order["folder"])
 """
-SHELF = ("datasets", "models", "optim", "runtime.strategies", "runtime.trackers", "tasks")
 SIGNALS = (signal.SIGCHLD, signal.SIGTERM)  # blocked in the daemon; they end a pause
 LOOK_EVERY_S = 1.0
 
@@ -116,29 +122,41 @@ def start(
 
 def serve(folder: str) -> None:
     """The daemon: runs what the submission lists, in its order, until all of it has ended."""
-    log = os.open(Path(folder) / "pool.out", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
     record = json.loads((Path(folder) / "submission.json").read_text(encoding="utf-8"))
-    preload()
-    if "search" in record:
-        importlib.import_module("fairexp.launch.trial")
-        importlib.import_module("optuna")
+    preload(record)
     gc.freeze()  # a run's collector leaves these pages alone, so that they stay shared
     gc.enable()
     Pool(record).run()
 
 
-def preload() -> None:
-    """Imports fairexp's own code that runs are made of; the user's may start threads, and is imported in the runs."""
-    importlib.import_module("fairexp.runtime.worker")
+def preload(record: dict[str, Any]) -> None:
+    """Imports what runs are made of, of fairexp's own: the user's code may start threads, and is imported in the runs."""
+    import fairexp.launch.job
+    import fairexp.runtime.worker
+    from fairexp.runtime.make import locate
+
     with contextlib.suppress(ImportError):
-        importlib.import_module("fsspec")  # torch's saving looks for it
-    for name in SHELF:
-        package = importlib.import_module(f"fairexp.{name}")
-        for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
-            with contextlib.suppress(Exception):  # somebody's half-written model: a run that names it says what is wrong
-                importlib.import_module(module.name)
+        import fsspec  # noqa: F401  # torch's saving looks for it
+    if "search" in record:
+        import optuna  # noqa: F401
+
+        import fairexp.launch.trial  # noqa: F401
+    for run in record["runs"][:1]:  # the others differ in little
+        for target in _own_targets(RunDir(Path(run)).config()):
+            with contextlib.suppress(Exception):  # the run says it better
+                locate(target)
+
+
+def _own_targets(node: Any) -> Iterator[str]:
+    """The names of fairexp's own classes and functions in a config."""
+    if isinstance(node, dict):
+        if str(node.get("_target_")).startswith("fairexp."):
+            yield node["_target_"]
+        for value in node.values():
+            yield from _own_targets(value)
+    elif isinstance(node, list):
+        for value in node:
+            yield from _own_targets(value)
 
 
 class Pool:

@@ -164,9 +164,7 @@ def _on_slurm(status: dict[str, Any], job: str | None, queue: Queue, settled: bo
             return State("queued", "" if entry[1] in ("None", "Priority") else entry[1], job, "slurm")
         if word == "running":
             return State("running", "" if beats else f"silent for {age:.0f} s", job, "slurm")
-        if word == "interrupted":
-            return State(word, "", job, "slurm")
-        return State("queued", entry[0].lower(), job, "slurm")  # its node makes ready, or ends it to requeue
+        return State("queued", entry[0].lower(), job, "slurm")  # its node makes ready, or ends it
     if word == "interrupted":
         return State(word, str(status.get("error") or ""), job, "slurm")
     if word == "running" and beats:

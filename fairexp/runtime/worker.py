@@ -87,8 +87,10 @@ def end(run: building.Run, code: int, seconds: float) -> None:
         summary = json.dumps(loop.summary(run, seconds), indent=1)
         write_atomically(run.dir.path / "summary.json", summary + "\n")
     run.tracker.finish(code)
+    # whether a run that stopped was cancelled or goes on, and whose fault an error is, says the job, which sees all ranks
     state = {DONE: "finished", INTERRUPTED: "interrupted", FAILED: "failed"}[code]
-    run.dir.set_status(state=state, step=run.step, signal=run.stop.signal or None)
+    says = {"state": state} if code == DONE or "FAIREXP_HOST" not in os.environ else {}
+    run.dir.set_status(**says, step=run.step, signal=run.stop.signal or None)
 
 
 class Heartbeat:

@@ -2,6 +2,8 @@
 step, whether to stop."""
 
 import itertools
+import json
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,6 +11,7 @@ import torch
 from marks import Marks
 from torch.utils.data import DataLoader, TensorDataset
 
+from fairexp.config.rundir import write_atomically
 from fairexp.runtime.build import Run
 from fairexp.runtime.data import Part
 from fairexp.runtime.loop import fit
@@ -36,6 +39,34 @@ def recorded(run: Run, file: str) -> None:
     fit(run)
     orders = [run.training.permutation(epoch) for epoch in range(epochs)]
     torch.save({"start": start, "orders": orders, "end": run.module.state_dict()}, file)
+
+
+def noted(run: Run) -> None:
+    """`fit`, with the times of its first step's end and of its own end in the run's folder."""
+    run.stop = FirstStep(run)  # type: ignore[assignment]
+    fit(run)
+    run.stop.note("ended_at")  # type: ignore[attr-defined]
+
+
+class FirstStep:
+    """A Stop that notes when it is asked first: after the first step."""
+
+    def __init__(self, run: Run) -> None:
+        self.stop, self.file = run.stop, run.dir.path / "notes.json"
+        self.notes: dict[str, float] = {}
+
+    @property
+    def signal(self) -> int:
+        return self.stop.signal
+
+    def agreed(self, step: int) -> bool:
+        if not self.notes:
+            self.note("first_step_at")
+        return self.stop.agreed(step)
+
+    def note(self, what: str) -> None:
+        self.notes[what] = time.monotonic()
+        write_atomically(self.file, json.dumps(self.notes))
 
 
 class Marked:

@@ -2,34 +2,45 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fairexp.launch import doctor
+from fairexp.config import schema
+from fairexp.config.compose import compose
+from fairexp.launch.doctor import cluster as ours
+from fairexp.launch.doctor import run
+from fairexp.launch.doctor.check import Check, Finding, examine
 
 REPO = Path(__file__).parents[2]
-CONFIG: dict[str, Any] = {"trainer": {"device": "auto", "num_workers": 0}, "tracker": {}}
-ASKED: dict[str, Any] = {"kind": "slurm", "nodes": 2, "num_processes": 2, "cpus_per_process": 1, "timeout_min": 60}
-ASKED |= {"partition": "grace", "signal_lead_s": 60, "mem_gb": 1, "exclude": [], "sbatch": {}, "setup": [], "env": {}}
-CLUSTER = ["slurm", "partition", "accounting", "account", "time limit", "nodes", "preemption", "request", "test job"]
+ASKED = ["launcher=slurm", "launcher.partition=grace", "launcher.nodes=2", "launcher.num_processes=2"]
+ASKED += ["launcher.cpus_per_process=1", "launcher.mem_gb=1", "launcher.timeout_min=60", "launcher.signal_lead_s=60"]
 
 
 @pytest.fixture(autouse=True)
 def on_cluster(cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """This process is one of the cluster's clients, in a folder of its own."""
     monkeypatch.setenv("SLURM_CONF", cluster.env["SLURM_CONF"])
-    monkeypatch.setattr(doctor, "of_machine", lambda launcher, config: [])  # they have tests of their own
+    monkeypatch.setattr(run, "of_installation", lambda tracker, runs_dir: [])  # they have tests of their own
     monkeypatch.chdir(tmp_path)
 
 
-def examined(launcher: dict[str, Any], runs_dir: Path, capfd: pytest.CaptureFixture[str]) -> tuple[int, dict[str, Any]]:
-    """The exit code, and the findings by their names."""
-    code = doctor.doctor(launcher, CONFIG | {"launcher": launcher, "runs_dir": str(runs_dir)}, as_json=True)
-    return code, {each.pop("check"): each for each in json.loads(capfd.readouterr().out)}
+def examined(runs_dir: Path, capfd: pytest.CaptureFixture[str], *overrides: str) -> dict[str, dict[str, str]]:
+    """The findings by their names."""
+    run.doctor(compose([*ASKED, *overrides, f"runs_dir='{runs_dir}'"]).config, as_json=True)
+    return {each["check"]: each for each in json.loads(capfd.readouterr().out)}
+
+
+def job(runs_dir: Path, *overrides: str) -> Finding:
+    config = compose([*ASKED, *overrides]).config
+    launcher, trainer = schema.launcher_of(config), schema.Trainer(**config["trainer"])
+    assert isinstance(launcher, schema.Slurm)
+    return ours.test_job(launcher, 2, trainer, runs_dir)
 
 
 def jobs_of_doctor() -> str:
@@ -39,87 +50,77 @@ def jobs_of_doctor() -> str:
 
 
 def test_a_cluster_that_can_hold_the_run_passes(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    run = tmp_path / "runs/a-1"
-    run.mkdir(parents=True)
-    (run / "status.json").write_text(json.dumps({"save_s": 0.5}))
-    code, found = examined(ASKED, tmp_path / "runs", capfd)
-    assert list(found) == CLUSTER
-    assert {name: each for name, each in found.items() if each["state"] == "fail"} == {}
-    assert code == 0
+    runs_dir = tmp_path / "my runs$(touch X)"
+    (runs_dir / "a-1").mkdir(parents=True)
+    (runs_dir / "a-1/status.json").write_text(json.dumps({"save_s": 0.5}))
+    found = examined(runs_dir, capfd)
+    assert list(found) == ["slurm", "accounting", "partition", "nodes", "preemption", "test job"]
+    assert {name: each for name, each in found.items() if each["state"] != "ok"} == {}
     assert "cluster mini: MaxArraySize 10" in found["slurm"]["seen"]
-    assert "GraceTime 15" in found["partition"]["seen"]
+    assert "GraceTime and KillWait 20 s" in found["preemption"]["seen"]
     assert "the slowest save took 0.5 s" in found["preemption"]["seen"]
-    assert "accepted, to start at 20" in found["request"]["seen"]
-    assert f"sees runs_dir, Python {doctor.this_python()}, torch 2." in found["test job"]["seen"]
-    assert found["test job"]["state"] == "ok"
-    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["a-1"]
-
-
-def test_what_no_node_can_hold_fails_in_its_own_words_and_in_slurms(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    code, found = examined(ASKED | {"mem_gb": 5000, "partition": "normal"}, tmp_path, capfd)
-    assert code == 1
-    assert {name for name, each in found.items() if each["state"] == "fail"} == {"nodes", "request"}
-    assert "nodes that can hold it: 0" in found["nodes"]["advice"]
-    assert "Requested node configuration is not available" in found["request"]["seen"]
+    assert "4 of 4 up" in found["nodes"]["seen"]
+    assert "sees runs_dir; Python 3." in found["test job"]["seen"]
+    assert "torch 2." in found["test job"]["seen"]
+    assert [path.name for path in runs_dir.iterdir()] == ["a-1"]
 
 
 def test_a_partition_that_is_not_there_ends_the_questions(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    code, found = examined(ASKED | {"partition": "norml"}, tmp_path, capfd)
-    assert code == 1
-    assert list(found) == ["slurm", "partition"]
-    assert "nearest: normal" in found["partition"]["advice"]
-
-
-@pytest.mark.parametrize(
-    ("sbatch", "state", "words"),
-    [({"hold": True}, "warn", "pending because: JobHeldUser"), ({"constraint": "x"}, "fail", "Invalid feature")],
-)
-def test_a_test_job_that_does_not_start_is_cancelled_and_says_why(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sbatch: dict[str, Any], state: str, words: str
-) -> None:
-    monkeypatch.setattr(doctor, "JOB_WAIT_S", 1.5)
-    finding = doctor.test_job(ASKED | {"sbatch": sbatch}, {}, tmp_path)
-    assert finding.state == state
-    assert words in finding.seen
-    assert jobs_of_doctor() == ""
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_test_job_is_cancelled_when_its_check_runs_out_of_time(tmp_path: Path) -> None:
-    def look() -> doctor.Finding:
-        return doctor.test_job(ASKED | {"sbatch": {"hold": True}}, {}, tmp_path)
-
-    [(_, finding)] = doctor.examine([doctor.Check("test job", look, "slurmctld", 2.0)])
-    assert finding.seen == "no answer within 2 s"
-    assert jobs_of_doctor() == ""
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_without_launcher_slurm_the_cluster_is_only_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    code, found = examined({"kind": "local"}, tmp_path, capfd)
-    assert code == 0
+    found = examined(tmp_path, capfd, "launcher.partition=norml")
     assert list(found) == ["slurm"]
+    assert "nearest: normal" in found["slurm"]["advice"]
+
+
+def test_a_controller_that_hangs_does_not_hang_doctor(cluster: Any) -> None:
+    controller = int((cluster.folder / "run/slurmctld.pid").read_text().split()[0])
+    launcher: Any = schema.launcher_of(compose(ASKED).config)
+    os.kill(controller, signal.SIGSTOP)
+    try:
+        ((_, finding),) = examine([Check("slurm", partial(ours.slurm, launcher), "slurmctld", 2.0)])
+    finally:
+        os.kill(controller, signal.SIGCONT)
+    assert finding == Finding("fail", "no answer within 2 s", "slurmctld hangs")
+
+
+def test_a_job_that_does_not_start_is_cancelled_and_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ours, "JOB_WAIT_S", 1.5)
+    finding = job(tmp_path, "+launcher.sbatch.hold=true")
+    assert finding.state == "warn"
+    assert "PENDING JobHeldUser" in finding.seen
+    refused = job(tmp_path, "launcher.constraint=x")
+    assert refused.state == "fail"
+    assert refused.seen.startswith("sbatch would refuse a run: Invalid feature")
+    assert jobs_of_doctor() == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_job_is_cancelled_when_its_check_runs_out_of_time(tmp_path: Path) -> None:
+    look = partial(job, tmp_path, "+launcher.sbatch.hold=true")
+    ((_, finding),) = examine([Check("test job", look, "slurmctld", 3.0)])
+    assert finding.seen == "no answer within 3 s"
+    assert jobs_of_doctor() == ""
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_run_that_asks_for_gpus_has_one_tried(tmp_path: Path) -> None:
-    setup = [f"echo $SLURM_GPUS_ON_NODE > {tmp_path}/gpus"]
-    doctor.test_job(ASKED | {"gpus_per_node": 2, "setup": setup}, {}, tmp_path)
+    finding = job(
+        tmp_path, "launcher.gpus_per_node=2", f"launcher.setup=['echo $SLURM_GPUS_ON_NODE > {tmp_path}/gpus']"
+    )
     assert (tmp_path / "gpus").read_text() == "1\n"
+    assert "torch can't use a GPU" in finding.advice  # they only exist on paper
 
 
 def test_a_python_that_nodes_have_not_got_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/nonexistent/python")
-    finding = doctor.test_job(ASKED, {}, tmp_path)
+    finding = job(tmp_path)
     assert finding.state == "fail"
-    assert "/nonexistent/python: No such file or directory" in finding.seen
+    assert "/nonexistent/python: not found" in finding.seen
     assert finding.advice.startswith("make /nonexistent/python work there")
 
 
-def test_a_runs_dir_that_nodes_do_not_see_fails(cluster: Any, tmp_path: Path) -> None:
-    code = "import json, sys; from pathlib import Path; from fairexp.launch import doctor\n"
-    code += f"print(doctor.test_job({ASKED!r}, {{}}, Path({str(tmp_path)!r})))"
+def test_a_runs_dir_that_nodes_do_not_see_fails(tmp_path: Path) -> None:
+    code = "from tests.slurm.test_doctor import Path, job\n"
+    code += f"print(job(Path({str(tmp_path)!r})))"
     hidden = f'mount -t tmpfs -o size=1m ours {tmp_path} || exit 77; exec "$@"'  # nodes see what is below
     command = ["unshare", "--mount", "sh", "-c", hidden, "sh", sys.executable, "-c", code]
     env = os.environ | {"PYTHONPATH": str(REPO)}

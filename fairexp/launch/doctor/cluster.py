@@ -63,7 +63,7 @@ def slurm(launcher: Slurm) -> Finding:
     if not shutil.which("sbatch"):
         return Finding("fail", "no sbatch on PATH", "go to a login node of the cluster, or use launcher=local")
     found, (names, known) = settings(), partitions(launcher)
-    if unknown := [name for name in names or ["default"] if name not in known]:
+    if unknown := [name for name in names or ["by default"] if name not in known]:
         return Finding("fail", f"no partition {unknown[0]}", f"set launcher.partition{nearest(unknown[0], known)}")
     words = ", ".join(f"{name} {found[name]}" for name in ("MaxArraySize", "MaxJobCount"))
     return Finding("ok", f"{ask('sinfo', '-V')}, cluster {found['ClusterName']}: {words}")
@@ -113,13 +113,13 @@ def partition(launcher: Slurm) -> Finding:
 def nodes(launcher: Slurm, ranks: int) -> Finding:
     """Whether the partition's nodes can hold what is asked of each."""
     names = ",".join(row["PartitionName"] for row in asked_for(launcher))
-    lines = ask("sinfo", "-h", "-N", "-p", names, "-o", "%N|%T|%E|%c|%m|%G").splitlines()
-    rows = {line.partition("|")[0]: line.split("|") for line in lines}  # a node of several partitions counts once
+    lines = ask("sinfo", "-h", "-N", "-p", names, "-o", "%N|%T|%c|%m|%G|%E").splitlines()
+    rows = {line.partition("|")[0]: line.split("|", 5) for line in lines}  # a node of several partitions counts once
     # the gres `gpu:a100:4(S:0-1),gpu:2` is 6 GPUs
-    gpus = {name: sum(map(int, re.findall(r"(?:^|,)gpu(?::[^:,(]+)?:(\d+)", row[5]))) for name, row in rows.items()}
-    holds = {name: (int(row[3]), int(row[4]) / 1024, gpus[name]) for name, row in rows.items()}
+    gpus = {name: sum(map(int, re.findall(r"(?:^|,)gpu(?::[^:,(]+)?:(\d+)", row[4]))) for name, row in rows.items()}
+    holds = {name: (int(row[2]), int(row[3]) / 1024, gpus[name]) for name, row in rows.items()}
     # a star marks a node that doesn't answer
-    away = {name: f"{row[1]} ({row[2]})" for name, row in rows.items() if re.match(r"down|drain|fail|.*\*", row[1])}
+    away = {name: f"{row[1]} ({row[5]})" for name, row in rows.items() if re.match(r"down|drain|fail|.*\*", row[1])}
     asked = ((launcher.cpus_per_process or 0) * ranks or 1, launcher.mem_gb or 0, launcher.gpus_per_node or 0)
     large = [name for name, has in holds.items() if all(one >= other for one, other in zip(has, asked, strict=True))]
     problems: Problems = []
@@ -132,9 +132,10 @@ def nodes(launcher: Slurm, ranks: int) -> Finding:
     if ranks > 1 and not launcher.cpus_per_process:
         problems.append(("warn", "set launcher.cpus_per_process: all ranks of a node get one CPU together"))
     shape = "{} CPUs, {:.1f} GB, {} GPUs"
-    most = shape.format(*(max(column) for column in zip(*holds.values(), strict=True)))
+    most = shape.format(*(max(column) for column in zip(*(holds.values() or [(0, 0, 0)]), strict=True)))
     words = f"{len(holds) - len(away)} of {len(holds)} up, with up to {most}"
-    return judge(f"{words}; asked: {launcher.nodes} with {shape.format(*asked)}", problems)
+    request = shape.format(*asked).replace(" 0.0 GB,", "")  # the cluster's default
+    return judge(f"{words}; asked: {launcher.nodes} with {request}", problems)
 
 
 def preemption(launcher: Slurm, runs_dir: Path) -> Finding:
