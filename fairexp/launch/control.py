@@ -23,7 +23,7 @@ def cancel(runs: Sequence[RunDir]) -> list[RunDir]:
             if state.job:
                 jobs.append(state.job)
             if state.word == "queued":
-                run.set_status(state="cancelled")
+                run.set_status(state="cancelled", job_id=state.job)
         else:
             _end_here(run, state)
     if jobs:

@@ -60,7 +60,7 @@ def start(
                 found = [submission.Batch(runs_again, new, like)]
             _write(folder, settings, search, like, taken, [*uids, *(batch.uid for batch in found)])
             if isinstance(launcher, schema.Slurm):
-                going = [state.job.partition("_")[0] for state in now.values() if state.word == "running" and state.job]
+                going = _jobs_of(folder, uids)
                 handed = submission.to_slurm(runs_dir, folder.name, found, taken, lock, going, str(folder.path))
                 jobs = [str(batch.job_id) for batch in handed]
             else:
@@ -112,6 +112,13 @@ def _write(
         "submissions": list(uids),
     }
     write_atomically(folder.path / "search.json", json.dumps(content, indent=1) + "\n")
+
+
+def _jobs_of(folder: SweepDir, uids: Sequence[str]) -> list[str]:
+    """The jobs of the search that are in Slurm's queue."""
+    records = [record for uid in uids if (record := record_of(folder.runs_dir, uid)) and record["kind"] == "slurm"]
+    entries = Queue(record["job_id"] for record in records if record["job_id"]).entries
+    return sorted({job.partition("_")[0] for job in entries} & {str(record["job_id"]) for record in records})
 
 
 def _waiting(folder: SweepDir, uids: Sequence[str]) -> int:

@@ -8,7 +8,7 @@ import shlex
 import signal
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -186,23 +186,9 @@ def standing(node: Node) -> Standing:
         return Standing(requeued=True)
     if state == "RUNNING":
         return Standing(ending=facts.get("PreemptTime", "None") not in ("None", "Unknown"))
-    if state == "TIMEOUT" or _ran_out(facts):
+    if state == "TIMEOUT" or facts.get("Reason") == "TimeLimit":
         return Standing(ending=True)
     return Standing(cancelled=True)
-
-
-def _ran_out(facts: Mapping[str, str]) -> bool:
-    """Whether the job has used its whole time limit: it is COMPLETING then, as a cancelled one is."""
-    limit = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):(\d+)", facts.get("TimeLimit", ""))
-    ran = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):(\d+)", facts.get("RunTime", ""))
-    if not limit or not ran:
-        return False
-
-    def seconds(match: re.Match[str]) -> int:
-        days, hours, minutes, rest = (int(part or 0) for part in match.groups())
-        return ((days * 24 + hours) * 60 + minutes) * 60 + rest
-
-    return seconds(ran) >= seconds(limit)
 
 
 def requeue(node: Node, exclude: list[str]) -> bool:

@@ -195,9 +195,9 @@ def reconcile(
                 say(f"left out of the snapshot: {line}")
             wanted = [grouped(run.wanted, folder.name) for run in todo]
             if isinstance(launcher, schema.Slurm):
-                going = [state.job.partition("_")[0] for state in now.values() if state.word in LIVE and state.job]
-                batches = submission.batches(wanted)
-                handed = submission.to_slurm(runs_dir, folder.name, batches, taken, lock, sorted(set(going)))
+                handed = submission.to_slurm(
+                    runs_dir, folder.name, submission.batches(wanted), taken, lock, going(folder)
+                )
                 jobs = [str(batch.job_id) for batch in handed]
                 submitted = sum(batch.size for batch in handed)
             else:
@@ -212,6 +212,14 @@ def reconcile(
     if asked.follow:
         return follow(folder)
     return DONE if submitted == len(todo) else FAILED
+
+
+def going(folder: SweepDir) -> list[str]:
+    """The jobs of the sweep that are in Slurm's queue."""
+    found = states(folder.runs()).values()
+    return sorted(
+        {state.job.partition("_")[0] for state in found if state.kind == "slurm" and state.word in LIVE and state.job}
+    )
 
 
 def wants(state: State, retry_failed: bool) -> bool:
