@@ -98,7 +98,8 @@ def test_the_shelf_imports_nothing_from_fairexp() -> None:
 
 
 def test_no_import_before_the_job_is_computed() -> None:
-    assert [each for each in imports() if room(each) in BEFORE_THE_JOB and each.name == "<computed>"] == []
+    found = [each for each in imports() if room(each) in BEFORE_THE_JOB and each.name == "<computed>"]
+    assert [each for each in found if each.file != "launch/pool.py"] == []  # its daemon loads what runs are made of
 
 
 def test_the_command_line_has_not_loaded_torch_when_it_hands_the_run_over(
