@@ -4,6 +4,7 @@ Nothing is imported that the config names, and nothing is changed."""
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection, Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -26,6 +27,8 @@ GIVEN_LATER: dict[str, tuple[str, ...]] = {
 TARGETS = ("model", "task", "optimizer", "schedule", "strategy", "tracker", "loop")  # sections that are one object
 # with every *_size: at least one. Not every num_*: a model may have no register tokens, a reader no workers
 COUNTS = ("depth", "width", "hidden", "num_heads", "num_layers", "num_blocks", "num_classes", "num_samples")
+OURS = re.compile(r"(job[-_]name|array|output|error|wrap|parsable|requeue|no[-_]requeue|export.*|nodes|ntasks.*)")
+SECRET = re.compile(r".*(KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL).*", re.IGNORECASE)
 RATES = {
     **dict.fromkeys(("lr", "weight_decay", "momentum", "eps"), schema.Bound(0)),
     **dict.fromkeys(("dropout", "label_smoothing"), schema.Bound(0, 1)),
@@ -76,9 +79,29 @@ def sections(composed: Composed) -> Iterator[str]:
     for key, value in objects.items():
         if isinstance(value, Mapping) and "_target_" not in value:
             yield f"{composed.at(key)}: has no _target_"
+    yield from _slurm(composed)
     run_name = config.get("name")
     if isinstance(run_name, str) and (not run_name or run_name[0] == "." or set(run_name) & set("/\\\0\n")):
         yield f"{composed.at('name')}: {run_name!r} can't be part of a folder's name"
+
+
+def _slurm(composed: Composed) -> Iterator[str]:
+    """Options of sbatch that are not the user's to set, and secrets, which would stand in the run folder."""
+    launcher = composed.config.get("launcher")
+    if not isinstance(launcher, Mapping) or launcher.get("kind") != "slurm":
+        return
+    for part, pattern, why in (
+        ("sbatch", OURS, "is fairexp's own to set"),
+        (
+            "env",
+            SECRET,
+            "looks like a secret, which has no place in a config; export it in your shell: sbatch passes it on",
+        ),
+    ):
+        given = launcher.get(part)
+        for key in given if isinstance(given, Mapping) else ():
+            if pattern.fullmatch(str(key)):
+                yield f"{composed.at(f'launcher.{part}.{key}')}: {why}"
 
 
 def _section(composed: Composed, section: type, values: Mapping[str, Any], prefix: str) -> Iterator[str]:

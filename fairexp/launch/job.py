@@ -69,12 +69,16 @@ def attempt(run_dir: RunDir, node: Node) -> int:
     if node.first:
         number = begin(run_dir, node, launch)
         if number is None:
+            if len(node.hosts) > 1:
+                meet(run_dir, node, None)
             return DONE if run_dir.status()["state"] in ("finished", "cancelled") else FAILED
     rendezvous: dict[str, str] = {}
     listener: socket.socket | None = None
     if len(node.hosts) > 1:
         place, listener = meet(run_dir, node, number)
-        number = int(place["attempt"])
+        number = place["attempt"]
+        if number is None:
+            return DONE  # the first node has said why
         rendezvous = environment_of(node, place)
     else:
         file = run_dir.submit / f"rendezvous_{number}"

@@ -71,10 +71,14 @@ def meet(run_dir: RunDir, node: Node, attempt: int | None) -> tuple[dict[str, An
     """Where the ranks of an attempt meet, the same on every node, and on the first one the socket that listens there.
 
     The first node binds a port that is free and writes it into the run folder; the others read it there. The socket stays
-    open until rank 0 takes it over, so nobody else can take the port; the token keeps another job's ranks out.
+    open until rank 0 takes it over, so nobody else can take the port; the token keeps another job's ranks out. Without an
+    attempt on the first node there is none on the others: they find None under "attempt".
     """
     file = run_dir.submit / f"meeting_{node.job_id}.{node.restart}.json"
     if node.first:
+        if attempt is None:
+            write_atomically(file, json.dumps({"attempt": None}) + "\n")
+            return {"attempt": None}, None
         listener = socket.create_server(("", 0), backlog=1024)
         address = address_towards(node.hosts[1])
         place = {
