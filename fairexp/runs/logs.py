@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import os
 import re
 import sys
 import time
@@ -12,7 +13,7 @@ from typing import Any
 
 from fairexp.config.rundir import RunDir
 from fairexp.errors import DONE, INTERRUPTED, UserError
-from fairexp.runs.state import STALE_AFTER_S
+from fairexp.runs.state import STALE_AFTER_S, state, submissions
 
 ENDED = ("finished", "failed", "cancelled", "interrupted")
 WAITING = ("queued", "preempted")
@@ -149,10 +150,14 @@ def no_log(run: RunDir, rank: int, attempt: int) -> str:
 
 
 def show_scheduler_output(run: RunDir) -> None:
-    """Prints what the scheduler and submitit wrote, the newest last: why a job died before its ranks began."""
-    for path in sorted(run.submit.rglob("*.out"), key=lambda path: path.stat().st_mtime):
+    """Prints what the scheduler wrote of the run, the newest last: why a job died before its ranks began."""
+    found = list(run.submit.rglob("*.out"))
+    if uid := run.status().get("submission"):
+        folder = submissions(run.path.parent) / uid
+        found += [*folder.glob(f"{state(run).job}_*.out"), *folder.glob("pool.out")]
+    for path in sorted(found, key=lambda path: path.stat().st_mtime):
         if path.stat().st_size:
-            print(f"--- {path.relative_to(run.path)}")
+            print(f"--- {os.path.relpath(path, run.path)}")
             output = Output(path)
             output.drain()
             output.finish()

@@ -335,4 +335,4 @@ class Project:
 def project(cluster: Cluster, environment: dict[str, str], tmp_path: Path) -> Project:
     """A paper's repository on the cluster's submitting host, with a home folder of its own."""
     (home := tmp_path / "home").mkdir()
-    return Project(tmp_path / "paper", outside(environment) | cluster.env | {"HOME": str(home)})
+    return Project(tmp_path / "a paper, été", outside(environment) | cluster.env | {"HOME": str(home)})

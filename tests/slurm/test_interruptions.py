@@ -226,6 +226,7 @@ def test_a_crash_loop_stops_and_an_error_of_the_users_code_is_not_repeated(proje
     status = project.status(raises)
     assert status["attempts"] == 1
     assert re.fullmatch(r"rank \d: ValueError: a wrong turn", status["error"])
+    assert project.fairexp("logs", raises.name, "--rank", "1").stdout.count("ValueError: a wrong turn") >= 1
     status = project.status(loops)
     assert status["attempts"] == 2
     assert status["error"].startswith("no progress in 2 attempts: rank 0 was killed by SIGKILL")
