@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fairexp.errors import FAILED, WRONG, UserError
+from fairexp.errors import FAILED, INTERRUPTED, WRONG, UserError
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # the machine's fault, told in a line
 
@@ -80,6 +80,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         for problem in error.problems:
             print(f"fairexp: {problem}", file=sys.stderr)
         return WRONG
+    except KeyboardInterrupt:
+        print(
+            "fairexp: interrupted; what was submitted goes on, and the same command submits the rest", file=sys.stderr
+        )
+        return INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `fairexp list | head`
         return 0
@@ -288,9 +293,14 @@ def cancel_runs(arguments: Sequence[str]) -> int:
     """Ends queued and running runs."""
     flags, rest = take_flags(arguments, ("--runs-dir",), ())
     runs = several_runs("cancel", rest, flags)
-    from fairexp.launch.control import cancel
+    from fairexp.launch.control import cancel, cancel_search
+    from fairexp.runs.find import find_all
 
     ended = cancel(runs)
+    for word in rest:
+        sweep = find_all(word, Path(flags.get("--runs-dir", ["runs"])[-1]))[1]
+        if sweep and sweep.search():
+            cancel_search(sweep)
     print(
         f"{len(ended)} of {len(runs)} runs cancelled" + ("" if ended else ": none was queued or running"),
         file=sys.stderr,

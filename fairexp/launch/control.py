@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 from fairexp.config.rundir import RunDir
 from fairexp.launch import slurm
-from fairexp.runs.state import LIVE, State, states, submission
+from fairexp.runs.state import LIVE, OVER, State, alive, states, submission
+from fairexp.runs.sweeps import SweepDir
 
 
 def cancel(runs: Sequence[RunDir]) -> list[RunDir]:
@@ -17,8 +18,11 @@ def cancel(runs: Sequence[RunDir]) -> list[RunDir]:
     ended = [run for run in runs if found[run.path].word in LIVE]
     jobs: list[str] = []
     for run in ended:
-        state = found[run.path]
         run.set_status(cancel=True)  # read by the job when its ranks have stopped, by a pool before it starts the run
+    for run in ended:
+        state = found[run.path]
+        if run.status()["state"] in OVER:
+            continue  # it has ended meanwhile
         if state.kind == "slurm":
             if state.job:
                 jobs.append(state.job)
@@ -29,6 +33,19 @@ def cancel(runs: Sequence[RunDir]) -> list[RunDir]:
     if jobs:
         slurm.cancel(jobs)
     return ended
+
+
+def cancel_search(sweep: SweepDir) -> None:
+    """Ends a search's slots, also those that have no run yet; the runs themselves are `cancel`led first."""
+    jobs: list[str] = []
+    for uid in sweep.search().get("submissions", []):
+        record = submission(sweep.runs_dir, uid) or {}
+        if record.get("kind") == "slurm" and record["job_id"]:
+            jobs.append(record["job_id"])
+        elif alive(record.get("pid"), record.get("started")):
+            os.kill(record["pid"], signal.SIGTERM)
+    if jobs:
+        slurm.cancel(jobs)
 
 
 def _end_here(run: RunDir, state: State) -> None:

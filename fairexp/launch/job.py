@@ -165,6 +165,9 @@ def begin(run_dir: RunDir, node: Node, launch: dict[str, Any]) -> int | None:
         failures=status.get("failures", 0),
         failed_hosts=status.get("failed_hosts", []),
     )
+    if run_dir.status().get("cancel"):  # told so while it became a running one
+        run_dir.set_status(state="cancelled")
+        return None
     return number
 
 

@@ -7,7 +7,6 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from fairexp.config import schema
 from fairexp.config.rundir import RunDir, write_atomically
@@ -43,7 +42,7 @@ def start(
         raise UserError("launcher: the trials of a search all ask for the same")
     runs_dir = folder.runs_dir
     with submission.submitting(runs_dir) as lock:
-        uids = _content(folder).get("submissions", [])
+        uids = folder.search().get("submissions", [])
         submission.recover(runs_dir, uids)
         runs = list({trial["run"]: RunDir(runs_dir / trial["run"]) for trial in trials(folder.path)}.values())
         now = states(runs, settled=True)
@@ -76,16 +75,8 @@ def start(
         parts.append(f"{len(again) + new} submitted as {kind} {', '.join(jobs)}")
     sweep.say(f"search {folder.path}: {settings.num_trials} trials: {', '.join(parts)}")
     if asked.follow:
-        return sweep.follow(folder, lambda: _waiting(folder, _content(folder).get("submissions", [])))
+        return sweep.follow(folder, lambda: _waiting(folder, folder.search().get("submissions", [])))
     return DONE if jobs or not (again or new) else FAILED
-
-
-def _content(folder: SweepDir) -> dict[str, Any]:
-    """search.json; {} before the first submission."""
-    try:
-        return json.loads((folder.path / "search.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
 
 
 def _write(

@@ -145,7 +145,7 @@ def again(
     assert identity(frozen) == identity(config)
     if frozen != config:
         attempts = run_dir.status()["attempts"]
-        os.replace(run_dir.config_file, run_dir.path / f"config.attempt_{attempts}.yaml")
+        shutil.copyfile(run_dir.config_file, run_dir.path / f"config.attempt_{attempts}.yaml")
         write_atomically(run_dir.config_file, as_yaml(config))
     write_atomically(run_dir.submit / "launch.json", json.dumps(launch, indent=1) + "\n")
     rundir.write_code(run_dir, code)

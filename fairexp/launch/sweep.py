@@ -61,7 +61,7 @@ def sweep(overrides: Sequence[str], config_dirs: Sequence[Path], config_name: st
     from fairexp.launch.train import packages_in
 
     warm = None
-    if not asked.dry_run and not any(word.startswith("launcher=") for word in overrides):
+    if not asked.dry_run and not any(word.startswith("launcher=") and word != "launcher=local" for word in overrides):
         warm = pool.Warm()  # loads torch beside us while the runs are composed and checked
     try:
         here = Path.cwd()

@@ -36,6 +36,13 @@ class SweepDir:
         trials = sorted((self.path / "trials").glob("*.json"))
         return [*self.content().get("jobs", []), *(json.loads(path.read_text(encoding="utf-8")) for path in trials)]
 
+    def search(self) -> dict[str, Any]:
+        """search.json; {} where no optimizer chooses the runs."""
+        try:
+            return json.loads((self.path / "search.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {}
+
     def runs(self) -> list[RunDir]:
         """Its runs that are there."""
         found = (RunDir(self.runs_dir / job["run"]) for job in self.jobs())

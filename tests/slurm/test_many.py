@@ -104,6 +104,12 @@ def test_a_search_goes_on_from_its_journal_and_takes_no_more_slots_than_asked(pr
     assert "2 submitted" in more.stderr
     cluster.wait(lambda: not cluster.squeue(), 30, "an empty queue")
 
+    held = project.fairexp(*line, "sweep.num_trials=9", "+launcher.sbatch.hold=true")
+    assert "3 submitted" in held.stderr
+    assert len(cluster.squeue()) == 3
+    assert project.fairexp("cancel", "tuned").returncode == 0
+    cluster.wait(lambda: not cluster.squeue(), 30, "trials without a run are cancelled too")
+
     import optuna
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
