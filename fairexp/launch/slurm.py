@@ -175,7 +175,8 @@ def standing(node: Node) -> Standing:
     """What follows after a stop.
 
     A job that was cancelled is COMPLETING and its count of restarts stands; one that was requeued or preempted is COMPLETING
-    too, and the count has grown. With grace time it is RUNNING with a PreemptTime, and is gone for good if it just exits.
+    too, and the count has grown. With grace time, or with PreemptMode=CANCEL, it has a PreemptTime and is gone for good if it
+    just exits.
     """
     text = ask("scontrol", "show", "job", "-o", node.job_id or "")
     facts = dict(re.findall(r"(\w+)=(\S*)", text))
@@ -184,11 +185,11 @@ def standing(node: Node) -> Standing:
     state = facts.get("JobState", "")
     if int(facts.get("Restarts") or 0) > node.restart or state == "PENDING":
         return Standing(requeued=True)
-    if state == "RUNNING":
-        return Standing(ending=facts.get("PreemptTime", "None") not in ("None", "Unknown"))
-    if state == "TIMEOUT" or facts.get("Reason") == "TimeLimit":
+    since = facts.get("PreemptTime", "None")  # as ISO 8601; an earlier attempt's may still stand there
+    preempted = since[:1].isdigit() and since >= facts.get("StartTime", "")
+    if preempted or state == "TIMEOUT" or facts.get("Reason") == "TimeLimit":
         return Standing(ending=True)
-    return Standing(cancelled=True)
+    return Standing(cancelled=state != "RUNNING")
 
 
 def requeue(node: Node, exclude: list[str]) -> bool:

@@ -93,6 +93,7 @@ def test_a_preempted_run_saves_and_goes_on_with_and_without_grace(project: Any, 
     workers = "trainer.num_workers=2"  # Slurm signals them too, and the save still needs them
     low = submit(project, "launcher.partition=low", "name=low", workers)
     grace = submit(project, "launcher.partition=grace", "name=grace")
+    lossy = submit(project, "launcher.partition=cancel", "name=lossy")  # PreemptMode=CANCEL: Slurm won't requeue it
     swept = project.fairexp(
         *MINE, "-m", "launcher.partition=low", "name=a,b", "sweep.name=pair", "tracker=wandb", "tracker.mode=offline"
     )
@@ -101,7 +102,7 @@ def test_a_preempted_run_saves_and_goes_on_with_and_without_grace(project: Any, 
         project.runs_dir / job["run"]
         for job in json.loads((project.runs_dir / "sweeps/pair/sweep.json").read_text())["jobs"]
     ]
-    runs = [low, grace, *pair]
+    runs = [low, grace, lossy, *pair]
     under_way(cluster, runs)
     wide = cluster.occupy("high")
     cluster.wait(lambda: cluster.state(wide) == "RUNNING", 60, "the other job has the nodes")
