@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import sys
 import tempfile
 import time
@@ -180,32 +181,36 @@ def reconcile(
         current = {run.name: run for run in planned}
         dropped = [job for job in earlier if job["run"] not in current]
         submission.recover(runs_dir, _submissions_of(runs_dir, [*current, *(job["run"] for job in dropped)]))
+        now = states([RunDir(run.wanted.path) for run in planned], settled=True)
+        todo = [run for run in planned if wants(now[run.wanted.path], asked.retry_failed)]
+        launcher = planned[0].wanted.launcher
+        assert isinstance(launcher, schema.Slurm | schema.Local)
+        taken = None
+        if todo:
+            taken = snapshot.take(runs_dir, here, launcher.snapshot_max_mb, launcher.snapshot_exclude)
+            for line in taken.left_out:
+                say(f"left out of the snapshot: {line}")
         if asked.prune and dropped:
             prune(folder, runs_dir, dropped)
             dropped = []
         write(folder, expanded, planned, dropped)
-        now = states([RunDir(run.wanted.path) for run in planned], settled=True)
-        todo = [run for run in planned if wants(now[run.wanted.path], asked.retry_failed)]
+        wanted = [grouped(run.wanted, folder.name) for run in todo]
         jobs: list[str] = []
-        if todo:
-            launcher = todo[0].wanted.launcher
-            assert isinstance(launcher, schema.Slurm | schema.Local)
-            taken = snapshot.take(runs_dir, here, launcher.snapshot_max_mb, launcher.snapshot_exclude)
-            for line in taken.left_out:
-                say(f"left out of the snapshot: {line}")
-            wanted = [grouped(run.wanted, folder.name) for run in todo]
-            if isinstance(launcher, schema.Slurm):
-                handed = submission.to_slurm(
-                    runs_dir, folder.name, submission.batches(wanted), taken, lock, going(folder)
-                )
-                jobs = [str(batch.job_id) for batch in handed]
-                submitted = sum(batch.size for batch in handed)
-            else:
-                jobs = [pool.start(runs_dir, folder.name, submission.Batch(wanted), taken, warm)]
-                warm = None
-                submitted = len(wanted)
-        else:
-            submitted = 0
+        submitted = 0
+        if taken and isinstance(launcher, schema.Slurm):
+            try:
+                found = submission.batches(wanted)
+                handed = submission.to_slurm(runs_dir, folder.name, found, taken, lock, going(folder))
+            except UserError:
+                if not earlier:
+                    shutil.rmtree(folder.path)  # nothing was submitted, and nothing is left
+                raise
+            jobs = [str(batch.job_id) for batch in handed]
+            submitted = sum(batch.size for batch in handed)
+        elif taken:
+            jobs = [pool.start(runs_dir, folder.name, submission.Batch(wanted), taken, warm)]
+            warm = None
+            submitted = len(wanted)
     if warm:
         warm.close()
     tell(folder, planned, now, todo, submitted, jobs, dropped, asked)

@@ -219,4 +219,11 @@ def test_a_sweep_with_four_broken_jobs_names_them_and_submits_nothing(project: A
         assert problem in said
         assert said.endswith(f"{label}]")
     assert not project.runs_dir.exists()
+
+    # what only Slurm can know is asked before anything is made, too
+    refused = project.fairexp(*MINE, "-m", "seed=1,2", "launcher.partition=nosuch")
+    assert refused.returncode == 2
+    assert "sbatch would refuse the job: invalid partition specified: nosuch" in refused.stderr
+    assert project.runs == []
+    assert [path for name in ("submissions", "sweeps") for path in (project.runs_dir / name).iterdir()] == []
     assert cluster.squeue() == []
