@@ -19,7 +19,7 @@ from fairexp.config.validate import problems
 from fairexp.errors import DONE, FAILED, UserError
 from fairexp.launch import slurm, snapshot, submission, submit, sweep
 from fairexp.launch.follow import ENDED, follow, watch
-from fairexp.runs.state import LIVE, state
+from fairexp.runs.state import LIVE, states
 from fairexp.runs.table import describe
 
 
@@ -53,66 +53,73 @@ def train(
     path = folder(config, fresh)
     command = shlex.join(["fairexp", *sys.argv[1:]])
     with submission.submitting(path.parent) as lock:
-        if (path / "status.json").exists():
-            run_dir = RunDir(path)
-            uid = run_dir.status().get("submission")
-            submission.recover(path.parent, [uid] if uid else [])
-            now = state(run_dir)
-            if now.word == "finished":
-                say(f"{path} has finished; --fresh runs it anew")
-                return report(run_dir, as_json)
-            if now.word in LIVE and not on_slurm:
-                raise UserError(
-                    f"{path} is {now.word}: job {now.job} on {run_dir.status().get('host', 'this machine')}"
-                )
-            if now.word in LIVE:
-                say(f"{path} is {now.word} already: job {now.job}")
-                return follow_to_the_end(run_dir, as_json) if follows else report(run_dir, as_json)
-            if run_dir.status()["attempts"]:
-                saved = sorted(run_dir.checkpoints.glob("step_*"))
-                say(f"resuming after {saved[-1].name.replace('_', ' ')}" if saved else "starting again: no checkpoint")
-        if isinstance(launcher, schema.Slurm):
-            run_dir = RunDir(path)
-            taken = snapshot.take(path.parent, here, launcher.snapshot_max_mb, launcher.snapshot_exclude)
-            for line in taken.left_out:
-                say(f"left out of the snapshot: {line}")
+        goes_on = there_already(path, on_slurm)
+        attempt = RunDir(path).status().get("attempts", 0) + 1  # the job counts it as soon as it begins
+        if not goes_on and isinstance(launcher, schema.Slurm):
             wanted = submission.Wanted(path, config, command, launch)
-            batches = submission.batches([wanted])
-            if not submission.to_slurm(path.parent, config["name"], batches, taken, lock):
+            if not to_slurm(wanted, launcher, here, lock):
                 return FAILED
-            say(f"{path}: job {batches[0].job_id}; fairexp watch {run_dir.id} shows it, fairexp cancel {run_dir.id} ends it")
-        else:
-            run_dir = start_here(path, config, command, launch, here)
-            threads = launch["threads"]
-            say(f"{path}  ({launch['num_processes']} x {threads} CPU thread{'s' if threads > 1 else ''})")
-            attempts = run_dir.status()["attempts"]
+        elif not goes_on:
+            start_here(path, config, command, launch, here)
             if launcher.kind == "local":
-                submit.submit(run_dir)
-    if on_slurm:
-        return follow_to_the_end(run_dir, as_json) if follows else report(run_dir, as_json)
-    if launcher.kind == "inline":
+                submit.submit(RunDir(path))
+    run_dir = RunDir(path)
+    if on_slurm and follows:
+        watch(run_dir)  # Ctrl-C only stops the showing
+    elif not goes_on and launcher.kind == "inline":
         submit.run_inline(run_dir)
-    else:
-        follow(run_dir, attempts + 1)
+    elif not goes_on and launcher.kind == "local":
+        follow(run_dir, attempt)
     return report(run_dir, as_json)
 
 
-def start_here(path: Path, config: Mapping[str, Any], command: str, launch: Mapping[str, Any], here: Path) -> RunDir:
-    """The run's folder, new or readied for another attempt on this machine: it imports the code as it stands."""
+def there_already(path: Path, on_slurm: bool) -> bool:
+    """Whether the run has finished or goes on, in words; UserError where it goes on on this machine."""
+    run_dir = RunDir(path)
+    if not (path / "status.json").exists():
+        return False
+    uid = run_dir.status().get("submission")
+    submission.recover(path.parent, [uid] if uid else [])
+    now = states([run_dir], settled=True)[path]
+    if now.word == "finished":
+        say(f"{path} has finished; --fresh runs it anew")
+        return True
+    if now.word in LIVE and not on_slurm:
+        raise UserError(f"{path} is {now.word}: job {now.job} on {run_dir.status().get('host', 'this machine')}")
+    if now.word in LIVE:
+        say(f"{path} is {now.word} already: job {now.job}")
+        return True
+    if run_dir.status()["attempts"]:
+        saved = sorted(run_dir.checkpoints.glob("step_*"))
+        say(f"resuming after {saved[-1].name.replace('_', ' ')}" if saved else "starting again: there is no checkpoint")
+    return False
+
+
+def to_slurm(wanted: submission.Wanted, launcher: schema.Slurm, here: Path, lock: int) -> bool:
+    """Submits the one run; whether Slurm took it."""
+    path = wanted.path
+    taken = snapshot.take(path.parent, here, launcher.snapshot_max_mb, launcher.snapshot_exclude)
+    for line in taken.left_out:
+        say(f"left out of the snapshot: {line}")
+    batches = submission.batches([wanted])
+    if not submission.to_slurm(path.parent, wanted.config["name"], batches, taken, lock):
+        return False
+    run_id = RunDir(path).id
+    say(f"{path}: job {batches[0].job_id}; fairexp watch {run_id} shows it, fairexp cancel {run_id} ends it")
+    return True
+
+
+def start_here(path: Path, config: Mapping[str, Any], command: str, launch: Mapping[str, Any], here: Path) -> None:
+    """Makes the run's folder, or readies it for another attempt on this machine: it imports the code as it stands."""
     code = code_state(here)
     if (path / "status.json").exists():
         submission.again(RunDir(path), config, launch, code, submission=None)
-        return RunDir(path)
-    try:
-        return rundir.create(path, config, command, launch, code)
-    except OSError as error:
-        raise UserError(f"runs_dir: can't make {path}: {error.strerror}") from error
-
-
-def follow_to_the_end(run_dir: RunDir, as_json: bool) -> int:
-    """Shows a queued or running run until it ends; Ctrl-C only stops the showing."""
-    watch(run_dir)
-    return report(run_dir, as_json)
+    else:
+        try:
+            rundir.create(path, config, command, launch, code)
+        except OSError as error:
+            raise UserError(f"runs_dir: can't make {path}: {error.strerror}") from error
+    say(f"{path}  ({launch['num_processes']} x {launch['threads']} CPU thread{'s' if launch['threads'] > 1 else ''})")
 
 
 def folder(config: Mapping[str, Any], fresh: bool) -> Path:
