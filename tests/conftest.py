@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +13,8 @@ from typing import Any
 import pytest
 
 REPO = Path(__file__).parents[1]
+# a shell starts what it puts into the background with ^C ignored, and children inherit that: here it works in any case
+signal.signal(signal.SIGINT, signal.default_int_handler)
 STRATEGIES = {
     "single": ("strategy=single", "launcher.num_processes=1"),
     "ddp2": ("strategy=ddp", "launcher.num_processes=2"),
