@@ -90,6 +90,8 @@ def _slurm(composed: Composed) -> Iterator[str]:
     launcher = composed.config.get("launcher")
     if not isinstance(launcher, Mapping) or launcher.get("kind") != "slurm":
         return
+    if ":" in str(Path(str(composed.config.get("runs_dir"))).absolute()):
+        yield f"{composed.at('runs_dir')}: its path has a ':', and jobs import the code from there: PYTHONPATH can't hold that"
     for part, pattern, why in (
         ("sbatch", OURS, "is fairexp's own to set"),
         (
