@@ -1,5 +1,6 @@
 """How a run's processes end: together, with the real reason on the screen, and with no one left behind."""
 
+import contextlib
 import json
 import os
 import pty
@@ -139,7 +140,8 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Command]]:
     yield start
     for command in commands:
         for pid in command.alive():
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it has just ended by itself
+                os.kill(pid, signal.SIGKILL)
         command.process.kill()
         command.process.wait()
         command.reader.join(5)

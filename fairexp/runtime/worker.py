@@ -48,7 +48,7 @@ def main(run_dir: RunDir) -> int:
         gc.freeze()  # what start-up made stays: the collector needn't look at it again
         gc.enable()
         make(config["loop"], run=run)
-        code = INTERRUPTED if stop.signal else DONE
+        code = INTERRUPTED if stop.signal and run.step < run.max_steps else DONE  # after the last step it came too late
     except Exception as error:
         code = FAILED
         record_error(run_dir, here, error)
