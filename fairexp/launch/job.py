@@ -5,14 +5,18 @@ submitit runs `Job("runs/x")` on this machine; Slurm runs `python -m fairexp.lau
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":  # a task of Slurm's: a signal waits from here on, until the ranks can be told
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2))
+
 import gc
 import json
 import os
-import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,6 +107,7 @@ def attempt(run_dir: RunDir, node: Node) -> int:
                 "WORLD_SIZE": str(len(node.hosts) * per_node),
                 "LOCAL_WORLD_SIZE": str(per_node),
                 "FAIREXP_HOST": node.host,
+                "FAIREXP_ATTEMPT": str(number),
             }
         )
 
@@ -112,6 +117,7 @@ def attempt(run_dir: RunDir, node: Node) -> int:
         lambda k: run_dir.logs / f"rank_{node.index * per_node + k}.attempt_{number}.log",
         lambda: worker.main(run_dir),
         launch["owner"],
+        told=(lambda: keep_place(run_dir, node)) if node.kind == "slurm" and node.first else None,
     )
     codes = {node.index * per_node + k: code for k, code in codes.items()}
     if listener:
@@ -121,7 +127,7 @@ def attempt(run_dir: RunDir, node: Node) -> int:
     if owner_is_gone(launch["owner"]):
         run_dir.set_status(state="failed", error=f"the command that followed it (process {launch['owner']}) was killed")
         return FAILED
-    return conclude(run_dir, codes, node)
+    return conclude(run_dir, codes, node, number)
 
 
 # --- before ---
@@ -138,17 +144,19 @@ def begin(run_dir: RunDir, node: Node, launch: dict[str, Any]) -> int | None:
         return None
     saved = last_saved(run_dir)
     if status["state"] == "running":  # the last attempt ended without a word: its node failed, or it was killed
-        status |= after_failure(run_dir, status, lost_hosts(node, status))
+        status |= after_silence(run_dir, node, status)
     if status.get("failures", 0) >= launch.get("max_failures", 3):
         error = f"no progress in {status['failures']} attempts: {status.get('error') or 'they ended without a word'}"
         run_dir.set_status(state="failed", **{**status, "state": "failed", "error": error})
         return None
     bad = bad_hosts(status)
-    if node.kind == "slurm" and set(bad) & set(node.hosts) and slurm.requeue(node, bad):
+    if node.kind == "slurm" and set(bad) & set(node.hosts) and bad != status.get("avoids"):
+        # once: where Slurm sends the run back to such a node, it stays there
         keys = ("failures", "failed_hosts")
-        run_dir.set_status(state="preempted", **{key: status[key] for key in keys if key in status})
-        time.sleep(60)  # Slurm ends us
-        return None
+        run_dir.set_status(state="preempted", avoids=bad, **{key: status[key] for key in keys if key in status})
+        if slurm.elsewhere(node, bad) and slurm.requeue(node, bad):
+            time.sleep(60)  # Slurm ends us
+            return None
     for stale in run_dir.logs.glob("error_*.json"):
         stale.unlink()
     number = status["attempts"] + 1
@@ -178,15 +186,9 @@ def claim(run_dir: RunDir, node: Node) -> bool:
         return True
     file = run_dir.submit / f"claim_{node.submission}"
     try:
-        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        os.symlink(node.job_id or "", file)  # a link appears with what it says; a file would be empty for a moment
     except FileExistsError:
-        for _ in range(20):  # its maker may not have written yet
-            if owner := file.read_text(encoding="utf-8"):
-                return owner == node.job_id
-            time.sleep(0.1)
-        return False
-    with os.fdopen(descriptor, "w", encoding="utf-8") as opened:
-        opened.write(node.job_id or "")
+        return os.readlink(file) == node.job_id
     return True
 
 
@@ -195,15 +197,21 @@ def last_saved(run_dir: RunDir) -> int:
     return max((int(path.name.rpartition("_")[2]) for path in run_dir.checkpoints.glob("step_*")), default=0)
 
 
-def lost_hosts(node: Node, status: dict[str, Any]) -> list[str]:
-    """The hosts that the last attempt was lost with: those that Slurm has lost, else the only one there was."""
+def after_silence(run_dir: RunDir, node: Node, status: dict[str, Any]) -> dict[str, Any]:
+    """The counts after an attempt that ended without a word. One that was preempted didn't fail: it had no time to save."""
     hosts = tuple(status.get("hosts") or [])
     if node.kind != "slurm" or not hosts:
-        return []
-    return slurm.down(hosts) or (list(hosts) if len(hosts) == 1 else [])
+        return after_failure(run_dir, status, [])
+    end = slurm.last_end(node)
+    if end == "PREEMPTED":
+        return {}
+    lost = slurm.down(hosts)
+    if end == "NODE_FAIL" and not lost:  # they are back
+        lost = slurm.restarted(hosts, since=status["heartbeat"]) if len(hosts) > 1 else list(hosts)
+    return after_failure(run_dir, status, lost)
 
 
-def after_failure(run_dir: RunDir, status: dict[str, Any], hosts: list[str]) -> dict[str, Any]:
+def after_failure(run_dir: RunDir, status: dict[str, Any], hosts: Sequence[str]) -> dict[str, Any]:
     """The counts after an attempt that failed through no fault of the user's code."""
     progressed = last_saved(run_dir) > status.get("resumed_at", 0)
     return {
@@ -232,9 +240,20 @@ def variables(launch: dict[str, Any], nodes: int = 1) -> dict[str, str]:
 # --- after ---
 
 
-def conclude(run_dir: RunDir, codes: dict[int, int], node: Node) -> int:
+def keep_place(run_dir: RunDir, node: Node) -> None:
+    """Asks for another attempt as soon as the job's time is over: its ranks may be killed before they have saved."""
+    status = run_dir.status()
+    if slurm.standing(node).over and not status.get("cancel"):
+        slurm.requeue(node, bad_hosts(status))
+
+
+def conclude(run_dir: RunDir, codes: dict[int, int], node: Node, number: int | None = None) -> int:
     """The node's exit code from its ranks', after status.json says how the attempt ended and, where it should, the job is
-    back in the queue."""
+    back in the queue. `number`: of the attempt."""
+    status = run_dir.status()
+    if number is not None and (status["attempts"], status.get("submission")) != (number, node.submission):
+        print(f"{run_dir.path}: another attempt has this run; nothing to say", file=sys.stderr, flush=True)
+        return FAILED  # Slurm had lost this node, which lived on
     if all(code == DONE for code in codes.values()):
         return DONE
     if all(code in (DONE, INTERRUPTED) for code in codes.values()):
@@ -242,7 +261,7 @@ def conclude(run_dir: RunDir, codes: dict[int, int], node: Node) -> int:
     if node.kind != "slurm":
         return failed(run_dir, codes, node)
     if not _first_to_say(run_dir, node, codes):
-        return FAILED
+        return DONE  # at another code srun would end the node that is about to say it, within KillWait
     return failed(run_dir, codes, node)
 
 
@@ -271,21 +290,25 @@ def stopped(run_dir: RunDir, node: Node) -> int:
 def failed(run_dir: RunDir, codes: dict[int, int], node: Node) -> int:
     """An exception of the run's code ends the run. A rank that was killed, or lost sight of the others, is the machine's
     fault: the run starts again, as long as it gets on."""
-    cause = root_cause(run_dir, codes)
+    cause = root_cause(run_dir, codes, node)
     error = first_error(run_dir)
     if error or not node.kind.startswith(("slurm", "pool")):
         run_dir.set_status(state="failed", error=cause)
         return FAILED
+    status = run_dir.status()
+    hosts: list[str] = []
     if node.kind == "slurm":
         now = slurm.standing(node)
-        if now.cancelled:
+        if now.cancelled or status.get("cancel"):
             run_dir.set_status(state="cancelled", error=cause)
             return INTERRUPTED
-        if now.requeued:
-            run_dir.set_status(state="preempted", error=cause)
+        hosts = slurm.down(node.hosts)
+        if now.requeued:  # since one of the nodes failed, or somebody wished it
+            counts = after_failure(run_dir, status, hosts) if hosts else {}
+            run_dir.set_status(state="preempted", error=cause, **counts)
             return PREEMPTED
-    status = run_dir.status()
-    hosts = slurm.down(node.hosts) or [node.host] if node.kind == "slurm" else []
+        if not hosts and first_cause(codes)[1] < 0:
+            hosts = [node.host]
     return back_into_the_queue(run_dir, node, status, {"error": cause} | after_failure(run_dir, status, hosts))
 
 
@@ -307,13 +330,17 @@ def _first_to_say(run_dir: RunDir, node: Node, codes: dict[int, int]) -> bool:
     """Whether this node says how the attempt failed: one of them, and rather the one where it began."""
     if len(node.hosts) == 1:
         return True
-    if all(code >= 0 for code in codes.values()) and first_error(run_dir) is None:
-        deadline = time.monotonic() + MEETS_IN_TIME_S  # its ranks only lost their peers
-        verdict = run_dir.submit / f"verdict_{node.job_id}.{node.restart}"
+    verdict = run_dir.submit / f"verdict_{node.job_id}.{node.restart}"
+    if first_cause(codes)[1] >= 0:  # its ranks only lost their peers: another node knows why, unless Slurm has lost it
+        deadline, ask_at = time.monotonic() + MEETS_IN_TIME_S, 0.0
         while time.monotonic() < deadline and not verdict.exists() and first_error(run_dir) is None:
+            if time.monotonic() > ask_at:
+                if slurm.standing(node).requeued:
+                    break
+                ask_at = time.monotonic() + 1.0
             time.sleep(0.1)
     try:
-        os.close(os.open(run_dir.submit / f"verdict_{node.job_id}.{node.restart}", os.O_CREAT | os.O_EXCL, 0o666))
+        os.close(os.open(verdict, os.O_CREAT | os.O_EXCL, 0o666))
     except FileExistsError:
         return False
     return True
@@ -324,15 +351,23 @@ def owner_is_gone(owner: int | None) -> bool:
     return owner is not None and not Path(f"/proc/{owner}").exists()
 
 
-def root_cause(run_dir: RunDir, codes: dict[int, int]) -> str:
+def root_cause(run_dir: RunDir, codes: dict[int, int], node: Node) -> str:
     """The first rank's own error: those of its siblings ("connection closed by peer") only follow from it."""
-    rank, code = next((rank, code) for rank, code in codes.items() if code not in (DONE, INTERRUPTED))
-    if error := first_error(run_dir):
-        return f"rank {error['rank']}: {error['error']}"
+    rank, code = first_cause(codes)
+    error = first_error(run_dir)
+    host = error["host"] if error else node.host
+    where = f" on {host}" if len(node.hosts) > 1 else ""
+    if error:
+        return f"rank {error['rank']}{where}: {error['error']}"
     if code < 0:
         hint = " (out of memory?)" if code == -signal.SIGKILL else ""
-        return f"rank {rank} was killed by {signal.Signals(-code).name}{hint}"
-    return f"rank {rank} ended with exit code {code}"
+        return f"rank {rank}{where} was killed by {signal.Signals(-code).name}{hint}"
+    return f"rank {rank}{where} ended with exit code {code}"
+
+
+def first_cause(codes: dict[int, int]) -> tuple[int, int]:
+    """The rank that failed before its siblings, which were ended then, and its exit code."""
+    return next((rank, code) for rank, code in codes.items() if code not in (DONE, INTERRUPTED))
 
 
 def first_error(run_dir: RunDir) -> dict[str, Any] | None:

@@ -15,7 +15,8 @@ from typing import Any
 
 from fairexp.config.schema import Slurm
 from fairexp.errors import UserError
-from fairexp.launch.node import Node
+from fairexp.launch.node import Node, expand
+from fairexp.launch.supervise import SIGNALS
 
 # --- submitting ---
 
@@ -169,6 +170,7 @@ class Standing:
     cancelled: bool = False
     requeued: bool = False  # by the scheduler: it starts again whatever we do
     ending: bool = False  # preempted with grace, or out of time: it starts again only if we ask
+    over: bool = False  # ending, and its processes are killed in a moment
 
 
 def standing(node: Node) -> Standing:
@@ -178,8 +180,7 @@ def standing(node: Node) -> Standing:
     too, and the count has grown. With grace time, or with PreemptMode=CANCEL, it has a PreemptTime and is gone for good if it
     just exits.
     """
-    text = ask("scontrol", "show", "job", "-o", node.job_id or "")
-    facts = dict(re.findall(r"(\w+)=(\S*)", text))
+    facts = _facts(node)
     if not facts:
         return Standing()
     state = facts.get("JobState", "")
@@ -188,12 +189,38 @@ def standing(node: Node) -> Standing:
     since = facts.get("PreemptTime", "None")  # as ISO 8601; an earlier attempt's may still stand there
     preempted = since[:1].isdigit() and since >= facts.get("StartTime", "")
     if preempted or state == "TIMEOUT" or facts.get("Reason") == "TimeLimit":
-        return Standing(ending=True)
+        return Standing(ending=True, over=state != "RUNNING")
     return Standing(cancelled=state != "RUNNING")
 
 
-def requeue(node: Node, exclude: list[str]) -> bool:
-    """Puts this job back into the queue, to start again elsewhere than on `exclude`; whether Slurm took it."""
+def _facts(node: Node) -> dict[str, str]:
+    return dict(re.findall(r"(\w+)=(\S*)", ask("scontrol", "show", "job", "-o", node.job_id or "")))
+
+
+def last_end(node: Node) -> str:
+    """How accounting says that this job's attempt before the present one ended: PREEMPTED, REQUEUED, NODE_FAIL; "" where it
+    can't tell."""
+    text = ask("sacct", "-n", "-X", "-D", "-P", "-j", node.job_id or "", "-o", "State")
+    ended = [line.split()[0] for line in text.splitlines() if not line.startswith(("RUNNING", "PENDING"))]
+    return ended[-1] if ended else ""
+
+
+def elsewhere(node: Node, bad: Sequence[str]) -> list[str]:
+    """The nodes that the job has to exclude to start elsewhere than on the bad ones: with them those that it excludes already.
+
+    None where too few others are left: then it would wait for ever.
+    """
+    facts = _facts(node)
+    names = {key: expand(facts.get(key, "").replace("(null)", "")) for key in ("ExcNodeList", "ReqNodeList")}
+    excluded = {*names["ExcNodeList"], *bad}
+    lines = ask("sinfo", "-h", "-N", "-p", facts.get("Partition", ""), "-o", "%N %T").splitlines()
+    left = {line.split()[0] for line in lines if not _is_out(line)} - excluded
+    return sorted(excluded) if len(left) >= len(node.hosts) and not excluded & set(names["ReqNodeList"]) else []
+
+
+def requeue(node: Node, bad: Sequence[str]) -> bool:
+    """Puts this job back into the queue, to start again elsewhere than on the bad nodes if it can; whether Slurm took it."""
+    exclude = elsewhere(node, bad) if bad else []
     if not node.job_id or ask("scontrol", "requeue", node.job_id, fails="no") == "no":
         return False
     if exclude:
@@ -210,20 +237,32 @@ def requeue(node: Node, exclude: list[str]) -> bool:
 def down(hosts: tuple[str, ...]) -> list[str]:
     """Those of the hosts that Slurm has lost or taken out."""
     lines = ask("sinfo", "-h", "-N", "-n", ",".join(hosts), "-o", "%N %T").splitlines()
-    return sorted({line.split()[0] for line in lines if re.search(r" (down|drain|fail|error|.*\*)", line)})
+    return sorted({line.split()[0] for line in lines if _is_out(line)})
+
+
+def restarted(hosts: Sequence[str], since: float) -> list[str]:
+    """Those of the hosts whose slurmd has begun after that time."""
+    text = ask("scontrol", "show", "node", "-o", ",".join(hosts))
+    began = re.findall(r"NodeName=(\S+).*? SlurmdStartTime=(\d\S+)", text)
+    return [host for host, when in began if time.mktime(time.strptime(when, "%Y-%m-%dT%H:%M:%S")) > since]
+
+
+def _is_out(line: str) -> bool:
+    return bool(re.search(r" (down|drain|fail|error|.*\*)", line))
 
 
 def ask(*command: str, fails: str = "") -> str:
-    """The command's output; `fails` where it doesn't answer. It ignores SIGTERM: Slurm sends it to each process of a job."""
+    """The command's output; `fails` where it doesn't answer. It ignores signals: Slurm sends them to each process of a job."""
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=30, preexec_fn=_ignore_sigterm, stdin=subprocess.DEVNULL
+            command, capture_output=True, text=True, timeout=30, preexec_fn=_ignore_signals, stdin=subprocess.DEVNULL
         )
     except (OSError, subprocess.TimeoutExpired):
         return fails
     return done.stdout if done.returncode == 0 else fails
 
 
-def _ignore_sigterm() -> None:
+def _ignore_signals() -> None:
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -12,6 +12,7 @@ import select
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -29,13 +30,14 @@ def supervise(
     log: Callable[[int], Path],
     rank: Callable[[], int],
     owner: int | None,
+    told: Callable[[], None] | None = None,
 ) -> dict[int, int]:
     """Runs `rank()` in `num_processes` forked processes; their exit codes by local rank in the order of their ends, negative
     for a signal.
 
     `environment(k)`: variables of the k-th process; `log(k)`: the file that takes its output. When one ends with another code
     than 0, the others are ended too: SIGTERM, and SIGKILL after two seconds. SIGNALS to this process are passed on.
-    When `owner` (a process id) dies, everything dies.
+    When `owner` (a process id) dies, everything dies. `told()` is called after such a signal has been passed on.
     """
     signal.pthread_sigmask(
         signal.SIG_BLOCK, SIGNALS
@@ -45,17 +47,25 @@ def supervise(
     owner_fd = _open_owner(owner)
     codes: dict[int, int] = {}
     kill_at = float("inf")
+    came: list[int] = []
 
-    def send(number: int, frame: FrameType | None = None) -> None:
+    def send(number: int) -> None:
         for descriptor in alive:
             signal.pidfd_send_signal(descriptor, number)
 
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        send(number)
+        came.append(number)
+
     for number in SIGNALS:
-        signal.signal(number, send)
+        signal.signal(number, pass_on)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     while alive:
         watched = [*alive, owner_fd] if owner_fd is not None else [*alive]
-        ready, _, _ = select.select(watched, [], [], 0.5 if kill_at < float("inf") else None)
+        ready, _, _ = select.select(watched, [], [], 0.5)  # a signal doesn't end it
+        if came and told:
+            came.clear()
+            told()
         if owner_fd in ready:
             owner_fd = None
             send(signal.SIGKILL)
@@ -86,6 +96,8 @@ def _fork(k: int, environment: dict[str, str], log: Path, rank: Callable[[], int
         os.dup2(output, 2)
         os.environ.update(environment)
         code = rank()
+    except BaseException:
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

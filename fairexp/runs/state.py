@@ -16,6 +16,7 @@ from typing import Any
 from fairexp.config.rundir import RunDir
 
 STALE_AFTER_S = 60.0  # rank 0 beats every two seconds
+SETTLES_S = 10.0  # a job that has just left the queue may still be writing how its run ended
 OVER = ("finished", "failed", "cancelled")
 LIVE = ("queued", "running")
 WORDS = (*LIVE, *OVER, "interrupted", "lost")
@@ -67,7 +68,9 @@ def states(runs: Sequence[RunDir], settled: bool = False) -> dict[Path, State]:
     queue = Queue(job for kind, job, _ in claims.values() if kind == "slurm" and job)
     found_states = {}
     for path, status in statuses.items():
-        if path not in claims:
+        if path in claims and claims[path][0] == "slurm" and queue.answers and not queue.entry(claims[path][1] or ""):
+            status = RunDir(path).status()  # it may have ended while the scheduler answered
+        if path not in claims or status.get("state") in OVER:
             word, error = status.get("state", ""), str(status.get("error") or "")
             found_states[path] = State(word, error, status.get("job_id"))
             continue
@@ -134,7 +137,8 @@ class Queue:
                             low, _, high = part.partition("-")
                             for element in range(int(low), int(high or low) + 1):
                                 self._history[f"{match[1]}_{element}"] = word.split()[0]
-        return self._history.get(job, "")
+        word = self._history.get(job, "")
+        return "" if word in ("RUNNING", "PENDING") else word  # it is some seconds late
 
 
 def _output(*command: str) -> str | None:
@@ -167,12 +171,12 @@ def _on_slurm(status: dict[str, Any], job: str | None, queue: Queue, settled: bo
         return State("queued", entry[0].lower(), job, "slurm")  # its node makes ready, or ends it
     if word == "interrupted":
         return State(word, str(status.get("error") or ""), job, "slurm")
-    if word == "running" and beats:
-        return State(word, "", job, "slurm")  # it has just left the queue, or not been seen there yet
     ended = queue.ended(job)
-    if ended == "CANCELLED":
+    if ended == "CANCELLED" or status.get("cancel"):
         return State("cancelled", "by scancel", job, "slurm")
-    if beats and not ended:
+    if word == "running" and not ended and age < SETTLES_S:
+        return State(word, "", job, "slurm")
+    if word != "running" and beats and not ended:
         return State("queued", "", job, "slurm")
     return State("lost", f"Slurm says {ended}" if ended else "not in the queue", job, "slurm")
 

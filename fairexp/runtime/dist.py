@@ -104,6 +104,7 @@ def is_lost_peer(error: Exception) -> bool:
 PEER_GONE = (
     "Connection closed by peer",
     "Connection reset by peer",
+    "Connection was likely closed",  # the store of rank 0, at the rendezvous
     "Broken pipe",
     "remote process exited",
     "socketPollConnect",

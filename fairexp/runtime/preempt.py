@@ -23,6 +23,7 @@ class Stop:
 
     def __init__(self) -> None:
         self.signal = 0
+        self.stopped = False  # the ranks have agreed to; a signal after their last step comes too late
         self._look_at = 0
         self._looked: tuple[int, float] | None = None  # at which step, when
         for number in SIGNALS:
@@ -45,4 +46,5 @@ class Stop:
         self.signal, step_time = int(worst[0]), float(worst[1])
         self._looked = (step, time.monotonic())
         self._look_at = step + min(max(int(LOOK_EVERY_S / max(step_time, 1e-6)), 1), 1000)
-        return self.signal != 0
+        self.stopped = self.signal != 0
+        return self.stopped

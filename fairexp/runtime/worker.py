@@ -27,20 +27,20 @@ def main(run_dir: RunDir) -> int:
     """Runs this rank to its end. The exit code; where it isn't 0, `logs/error_<rank>.json` says why."""
     stop = Stop()  # first: a Ctrl-C while the model is built ends the run as one during training
     began = time.monotonic()
-    config = run_dir.config()
-    if threads := os.environ.get("OMP_NUM_THREADS"):
-        torch.set_num_threads(int(threads))  # a pool has loaded torch before it knew
-    trust(run_dir.launch()["trusted"])
-    here = dist.place(config["trainer"]["device"])
-    if here.first:
-        run_dir.set_status(state="running", error=None)
-        write_atomically(run_dir.path / "environment.json", json.dumps(environment(here), indent=1) + "\n")
-    if config["trainer"]["deterministic"]:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-    run = None
+    here, run = None, None
     heartbeat = Heartbeat(run_dir)
     try:
+        config = run_dir.config()
+        if threads := os.environ.get("OMP_NUM_THREADS"):
+            torch.set_num_threads(int(threads))  # a pool has loaded torch before it knew
+        trust(run_dir.launch()["trusted"])
+        here = dist.place(config["trainer"]["device"])
+        if here.first:
+            run_dir.set_status(state="running", error=None)
+            write_atomically(run_dir.path / "environment.json", json.dumps(environment(here), indent=1) + "\n")
+        if config["trainer"]["deterministic"]:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
         run = building.build(run_dir, config, here, stop)
         building.track(run)
         announce(run)
@@ -48,14 +48,17 @@ def main(run_dir: RunDir) -> int:
         gc.freeze()  # what start-up made stays: the collector needn't look at it again
         gc.enable()
         make(config["loop"], run=run)
-        code = INTERRUPTED if stop.signal and run.step < run.max_steps else DONE  # after the last step it came too late
+        code = (
+            INTERRUPTED if stop.stopped and run.step < run.max_steps else DONE
+        )  # after the last step it came too late
     except Exception as error:
         code = FAILED
-        record_error(run_dir, here, error)
+        record_error(run_dir, error)
     heartbeat.stop()  # two writers of status.json would lose each other's changes
     if run is not None:
         end(run, code, time.monotonic() - began)
-    dist.leave(here)
+    if here is not None:
+        dist.leave(here)
     return code
 
 
@@ -94,10 +97,15 @@ def end(run: building.Run, code: int, seconds: float) -> None:
 
 
 class Heartbeat:
-    """Tells status.json every two seconds that rank 0 lives, and its step."""
+    """Tells status.json every two seconds that rank 0 lives, and its step.
+
+    Ends the process where a later attempt has the run: a scheduler that has lost a node starts the run elsewhere, while the
+    old processes live on.
+    """
 
     def __init__(self, run_dir: RunDir):
         self.run_dir = run_dir
+        self.attempt = int(os.environ.get("FAIREXP_ATTEMPT", "0"))
         self.over = threading.Event()
         self.thread: threading.Thread | None = None
 
@@ -109,6 +117,9 @@ class Heartbeat:
 
     def _beat(self, run: building.Run) -> None:
         while not self.over.wait(2.0):
+            if self.attempt and self.run_dir.status()["attempts"] > self.attempt:
+                print("another attempt has this run: this one ends", file=sys.stderr, flush=True)
+                leave(FAILED)
             self.run_dir.set_status(step=run.step)
 
     def stop(self) -> None:
@@ -118,24 +129,25 @@ class Heartbeat:
             self.thread.join()
 
 
-def record_error(run_dir: RunDir, here: dist.Place, error: Exception) -> None:
+def record_error(run_dir: RunDir, error: Exception) -> None:
     """The real exception, for the process that watches the ranks, and in the rank's log. A RunError says it in words."""
+    rank = int(os.environ.get("RANK", "0"))
     peer = dist.is_lost_peer(error)
     if peer:
-        text, trace = f"rank {here.rank} lost another rank in a collective; that rank's log says why", ""
+        text, trace = f"rank {rank} lost another rank in a collective; that rank's log says why", ""
     elif isinstance(error, RunError | UserError):
         text, trace = str(error), ""
     else:
         text, trace = f"{type(error).__name__}: {error}", traceback.format_exc()
     record = {
-        "rank": here.rank,
+        "rank": rank,
         "host": os.environ.get("FAIREXP_HOST", socket.gethostname()),
         "time": time.time(),
         "lost_peer": peer,
         "error": text,
         "traceback": trace,
     }
-    write_atomically(run_dir.logs / f"error_{here.rank}.json", json.dumps(record) + "\n")
+    write_atomically(run_dir.logs / f"error_{rank}.json", json.dumps(record) + "\n")
     print(trace or text, file=sys.stderr, flush=True)
 
 
