@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import gc
 import os
 import sys
@@ -10,9 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fairexp.errors import FAILED, INTERRUPTED, WRONG, UserError
-
-DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # the machine's fault, told in a line
+from fairexp.errors import DISK, FAILED, INTERRUPTED, WRONG, UserError
 
 HELP = """\
 fairexp: config-driven experiments for PyTorch

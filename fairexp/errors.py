@@ -1,6 +1,9 @@
 """The errors that end a command, each with its exit code."""
 
+import errno
+
 DONE, FAILED, WRONG, PREEMPTED, INTERRUPTED = 0, 1, 2, 75, 130
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # the machine's fault, told in a line
 
 
 class UserError(Exception):
@@ -13,3 +16,10 @@ class UserError(Exception):
 
 class RunError(Exception):
     """A run that can't go on, in words (exit code 1)."""
+
+
+class Fenced(RunError):
+    """A later attempt has the run: this one may not write any more, and ends."""
+
+    def __init__(self, what: object):
+        super().__init__(f"another attempt has this run: {what} is not written, this one ends")

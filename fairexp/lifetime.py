@@ -1,10 +1,12 @@
-"""A child process that doesn't outlive its parent."""
+"""How processes end: with their parent, or at once."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import signal
+import sys
+from typing import NoReturn
 
 
 def die_with(parent: int) -> None:
@@ -12,3 +14,10 @@ def die_with(parent: int) -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     if os.getppid() != parent:  # it ended before the call
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the process without Python's finalization: gloo's threads race it, and up to one good run in ten would abort."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

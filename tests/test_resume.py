@@ -2,7 +2,6 @@
 
 import json
 import os
-import pickle
 import signal
 import subprocess
 import sys
@@ -116,24 +115,3 @@ def test_a_resumed_run_notices_a_signal_at_its_next_step() -> None:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def test_a_checkpoint_that_would_run_code_is_refused(tiny: Tiny, fairexp: Fairexp, tmp_path: Path) -> None:
-    uninterrupted, marker = tiny("single"), tmp_path / "marker"
-    path = interrupted(uninterrupted, tmp_path)
-    (path / "checkpoints/step_00000010/.metadata").write_bytes(pickle.dumps(Command(f"touch {marker}")))
-    ended = fairexp(*uninterrupted.command, f"runs_dir={tmp_path}")
-    assert not marker.exists()
-    assert ended.returncode == 1
-    assert ".metadata names posix.system" in ended.stderr
-    assert "Traceback" not in ended.stderr
-
-
-class Command:
-    """Runs a shell command when it is unpickled."""
-
-    def __init__(self, command: str):
-        self.command = command
-
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        return os.system, (self.command,)

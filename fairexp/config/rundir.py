@@ -14,26 +14,36 @@ from typing import Any
 
 import yaml
 
+from fairexp.config.attempt import publish
+from fairexp.errors import Fenced
 
-def write_atomically(path: Path, text: str) -> None:
-    """The file holds `text`, or what it held before: also after a crash in the middle."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+
+def write_atomically(path: Path, text: str, workspace: Path | None = None) -> None:
+    """The file holds `text`, or what it held before: also after a crash in the middle. `workspace`: the writing attempt's;
+    Fenced where a later one has begun."""
+    temporary = (workspace or path.parent) / f".{path.name}.{os.getpid()}"
     try:
         with open(temporary, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:  # a full disk
+        if workspace and not workspace.exists():
+            raise Fenced(path) from None
         temporary.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(path)) from None
-    os.replace(temporary, path)
+    if workspace:
+        publish(temporary, path)
+    else:
+        os.replace(temporary, path)
 
 
 @dataclass(frozen=True)
 class RunDir:
-    """A run folder's paths and its small files."""
+    """A run folder's paths and its small files. `workspace`: of the attempt that writes, if one does."""
 
     path: Path
+    workspace: Path | None = None
 
     @property
     def id(self) -> str:
@@ -80,7 +90,11 @@ class RunDir:
         with open(self.submit / "status.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             status = {**self.status(), **changes, "heartbeat": time.time()}
-            write_atomically(self.path / "status.json", json.dumps(status, indent=1) + "\n")
+            self.write("status.json", json.dumps(status, indent=1) + "\n")
+
+    def write(self, name: str, text: str) -> None:
+        """Writes one of the run's files atomically. Fenced: a later attempt has the run."""
+        write_atomically(self.path / name, text, self.workspace)
 
     def last_rows(self) -> list[dict[str, Any]]:
         """The newest rows of metrics.jsonl: of its last 16 KiB, so that a table of many long runs is quick."""

@@ -53,10 +53,16 @@ class Trainer:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """When the state is saved and what is kept."""
+    """When the state is saved and what is kept; configs/checkpoint/default.yaml explains each."""
 
     every: Positive | None
     keep_last: Positive
+    keep_every: Positive | None
+    keep_best: Annotated[int, Bound(0)]
+    best_metric: str | None
+    best_is: Literal["min", "max"]
+    background: bool
+    on_error: Literal["stop", "continue"]
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from fairexp.config.manifest import committed
 from fairexp.config.nearest import nearest
 from fairexp.config.rundir import RunDir
 from fairexp.errors import UserError
@@ -18,7 +19,7 @@ from fairexp.launch.job import variables
 
 def evaluate(run_dir: RunDir, overrides: Sequence[str], step: str | None, trusted: Sequence[str], as_json: bool) -> int:
     """Prints the metrics of the last checkpoint, or of `step`'s. `overrides`: `key=value` on the frozen config."""
-    saved = {int(path.name.rpartition("_")[2]): path for path in run_dir.checkpoints.glob("step_*")}
+    saved = committed(run_dir.checkpoints)
     if not saved:
         raise UserError(f"{run_dir.path}: no checkpoint yet")
     if step is not None and (not step.isdigit() or int(step) not in saved):

@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fairexp.config.attempt import take
+from fairexp.config.manifest import committed
 from fairexp.config.rundir import RunDir
 from fairexp.errors import DONE, FAILED, INTERRUPTED, PREEMPTED, RunError
 from fairexp.launch import slurm
@@ -159,7 +161,7 @@ def begin(run_dir: RunDir, node: Node, launch: dict[str, Any]) -> int | None:
             return None
     for stale in run_dir.logs.glob("error_*.json"):
         stale.unlink()
-    number = status["attempts"] + 1
+    number = take(run_dir.path)
     run_dir.set_status(
         state="running",
         attempts=number,
@@ -194,7 +196,7 @@ def claim(run_dir: RunDir, node: Node) -> bool:
 
 def last_saved(run_dir: RunDir) -> int:
     """The step of the newest checkpoint."""
-    return max((int(path.name.rpartition("_")[2]) for path in run_dir.checkpoints.glob("step_*")), default=0)
+    return max(committed(run_dir.checkpoints), default=0)
 
 
 def after_silence(run_dir: RunDir, node: Node, status: dict[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from fairexp.config.attempt import take
 from fairexp.config.rundir import RunDir
 from fairexp.config.schema import Launcher, Slurm, num_ranks
 
@@ -48,7 +49,9 @@ def run_inline(run_dir: RunDir) -> int:
     from fairexp.launch.node import Node
 
     os.environ.update(variables(run_dir.launch()))
-    run_dir.set_status(state="running", attempts=run_dir.status()["attempts"] + 1, pid=os.getpid())
+    number = take(run_dir.path)
+    os.environ["FAIREXP_ATTEMPT"] = str(number)
+    run_dir.set_status(state="running", attempts=number, pid=os.getpid())
     from fairexp.runtime import worker
 
     with lines_beside(run_dir):

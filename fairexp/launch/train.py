@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from fairexp.config import rundir, schema
+from fairexp.config.attempt import last
 from fairexp.config.compose import compose
 from fairexp.config.identity import run_id
+from fairexp.config.manifest import committed
 from fairexp.config.rundir import RunDir
 from fairexp.config.validate import problems
 from fairexp.errors import DONE, FAILED, UserError
@@ -54,7 +56,7 @@ def train(
     command = shlex.join(["fairexp", *sys.argv[1:]])
     with submission.submitting(path.parent) as lock:
         goes_on = there_already(path, on_slurm)
-        attempt = RunDir(path).status().get("attempts", 0) + 1  # the job counts it as soon as it begins
+        attempt = last(path) + 1  # the job takes it as soon as it begins
         if not goes_on and isinstance(launcher, schema.Slurm):
             wanted = submission.Wanted(path, config, command, launch)
             if not to_slurm(wanted, launcher, here, lock):
@@ -90,8 +92,8 @@ def there_already(path: Path, on_slurm: bool) -> bool:
         say(f"{path} is {now.word} already: job {now.job}")
         return True
     if run_dir.status()["attempts"]:
-        saved = sorted(run_dir.checkpoints.glob("step_*"))
-        say(f"resuming after {saved[-1].name.replace('_', ' ')}" if saved else "starting again: there is no checkpoint")
+        saved = list(committed(run_dir.checkpoints))
+        say(f"resuming after step {saved[-1]}" if saved else "starting again: there is no checkpoint")
     return False
 
 

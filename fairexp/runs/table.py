@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from fairexp.config.manifest import committed
 from fairexp.config.rundir import RunDir
 from fairexp.runs.state import LIVE, State, state, states
 
@@ -135,7 +136,7 @@ def show_one(run: RunDir, as_json: bool) -> int:
     for name in ("commit", "snapshot"):
         if (file := run.path / "code" / f"{name}.txt").exists():
             print(f"  {name:<8} {file.read_text(encoding='utf-8').strip()}")
-    for checkpoint in sorted(run.checkpoints.glob("step_*")):
+    for checkpoint in committed(run.checkpoints).values():
         print(f"  saved    {checkpoint}")
     return 0
 

@@ -13,7 +13,8 @@ from fairexp.config import schema
 from fairexp.config.rundir import RunDir
 from fairexp.errors import RunError
 from fairexp.optim.param_groups import split_decay
-from fairexp.runtime import checkpoint, data, dist, init
+from fairexp.runtime import data, dist, init
+from fairexp.runtime.checkpoint import Saver
 from fairexp.runtime.ema import EMA
 from fairexp.runtime.make import locate, make
 from fairexp.runtime.precision import Precision, precision
@@ -50,14 +51,16 @@ class Run:
     fetch_evaluation: data.Fetcher
     max_steps: int
     stop: Stop
+    saver: Saver
     tracker: Metrics | Nothing = field(default_factory=Nothing)
     step: int = 0  # optimizer steps done
     final: dict[str, float] = field(default_factory=dict)
     best: dict[str, float] = field(default_factory=dict)
+    evaluated: int = -1  # the step of the last evaluation
 
 
 def build(run_dir: RunDir, config: Mapping[str, Any], here: dist.Place, stop: Stop) -> Run:
-    """Model -> strategy -> optimizer -> data -> the last checkpoint, if there is one. The tracker comes last, by `track`."""
+    """Model -> strategy -> optimizer -> data. Then come `checkpoint.restore` and, last, the tracker, by `track`."""
     trainer = schema.read(schema.Trainer, config["trainer"])
     strategy: Strategy = make(config["strategy"])
     if strategy.needs_group or here.world_size > 1:
@@ -85,7 +88,7 @@ def build(run_dir: RunDir, config: Mapping[str, Any], here: dist.Place, stop: St
     training = data.TrainingOrder(lengths["train"], trainer.global_batch_size, micro_batch_size, here, seed)
     max_steps = trainer.max_steps or trainer.max_epochs * training.steps_per_epoch  # type: ignore[operator]
 
-    run = Run(
+    return Run(
         dir=run_dir,
         config=config,
         trainer=trainer,
@@ -106,10 +109,8 @@ def build(run_dir: RunDir, config: Mapping[str, Any], here: dist.Place, stop: St
         fetch_evaluation=data.Fetcher(datasets["eval"], None, seed),
         max_steps=max_steps,
         stop=stop,
+        saver=Saver(here.device),
     )
-    if saved := checkpoint.folders(run_dir):
-        checkpoint.load(run, saved[-1])
-    return run
 
 
 def _optimizer(node: Mapping[str, Any], module: nn.Module, trainer: schema.Trainer) -> torch.optim.Optimizer:
@@ -136,5 +137,5 @@ def track(run: Run) -> None:
         config=dict(run.config),
         resumed=run.step > 0,
     )
-    run.tracker = Metrics(run.dir.path, tracker)
+    run.tracker = Metrics(run.dir.path, tracker, run.dir.workspace)
     run.tracker.drop_after(run.step)

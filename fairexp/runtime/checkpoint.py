@@ -1,103 +1,377 @@
-"""Saving and restoring a run's whole state, in one format for every strategy and world size (torch.distributed.checkpoint).
+"""Saving and restoring a run's whole state, in one format for every strategy and world size.
 
-A folder under checkpoints/ that has its final name is complete: it is written under another name and renamed at the end.
+A save stops the loop for a copy; a thread a rank then writes it (shards.py), and rank 0 publishes the folder when all are
+done: manifest last, then one rename, which fails if a later attempt has the run. Nothing is ever overwritten.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import pickle
 import random
 import shutil
+import struct
+import sys
+import threading
 import time
-import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import Tensor
 
-from fairexp.config.rundir import RunDir, write_atomically
-from fairexp.errors import RunError
-from fairexp.runtime.dist import share_buffers
+from fairexp import __version__
+from fairexp.config import manifest
+from fairexp.config.attempt import publish
+from fairexp.config.manifest import Damaged
+from fairexp.errors import FAILED, Fenced, RunError
+from fairexp.lifetime import leave
+from fairexp.runtime import dist, shards
 
 if TYPE_CHECKING:
     from fairexp.runtime.build import Run
 
-
-def folders(run_dir: RunDir) -> list[Path]:
-    """The complete checkpoints, oldest first."""
-    return sorted(run_dir.checkpoints.glob("step_????????*"))
+SPARE_BYTES = 4 << 20  # left free beside a checkpoint: for metrics, logs and the manifest
+SCALAR = bool | int | float | str | None
 
 
 def save(run: Run) -> None:
-    """Writes the state after `run.step`; all ranks take part. The oldest beyond checkpoint.keep_last go afterwards."""
-    # imported at the first save: 2 s of CPU, which the start of a run shouldn't pay
-    import torch.distributed.checkpoint as dcp
-
-    final = run.dir.checkpoints / f"step_{run.step:08d}"
-    if final.exists():
+    """Writes the state after `run.step`; all ranks take part. Returns when it has been copied, or with checkpoint.background
+    off when it is on the disk. RunError on all ranks, where this save or the one before it failed."""
+    if run.step == run.saver.step:
         return
-    began = time.monotonic()
-    draft = run.dir.checkpoints / f".{final.name}.partial"
-    if run.here.first and draft.exists():
-        shutil.rmtree(draft)  # what a killed save left
-    _barrier()
-    share_buffers(run.module)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="torch.distributed")
-        dcp.save(_tensors(run), checkpoint_id=draft, no_dist=not dist.is_initialized())
-    if run.here.first:
-        write_atomically(draft / "state.json", json.dumps(_scalars(run), indent=1) + "\n")
-        _sync_folder(draft)
-        os.rename(draft, final)
-        _sync_folder(final.parent)
-        # the longest so far: `fairexp doctor` compares it with the time that a scheduler gives
-        seconds = round(time.monotonic() - began, 3)
-        run.dir.set_status(save_s=max(seconds, run.dir.status().get("save_s", 0.0)))
-        for old in folders(run.dir)[: -run.checkpoint.keep_last]:
-            trash = old.with_name(f".{old.name}.old")
-            os.rename(old, trash)  # first the name: a half-deleted folder must not look complete
-            shutil.rmtree(trash)
-    _barrier()
+    run.saver.finish(run)
+    run.saver.start(run)
+    if not run.checkpoint.background:
+        run.saver.finish(run)
+
+
+class Saver:
+    """The save that is under way, if one is, and what it has in common with the next."""
+
+    def __init__(self, device: torch.device):
+        self.staging = shards.Staging(device)
+        self.step = 0  # of the newest state that is safe, or on its way
+        self.thread: threading.Thread | None = None
+        self.error: str | None = None
+
+    def start(self, run: Run) -> None:
+        """Copies the state, and starts to write it."""
+        began = time.monotonic()
+        dist.share_buffers(run.module)
+        tensors = _tensors(run)
+        state = json.dumps(_scalars(run), indent=1) + "\n"  # now: the loop goes on changing what it was made from
+        draft = run.dir.workspace / f"step_{run.step:08d}"  # type: ignore[operator]
+        if run.here.first:
+            self.error = _prepare(draft, tensors, run.here.world_size)
+        if dist.any_rank(self.error is not None):
+            self._refuse(run)
+            return
+        pieces = shards.mine(tensors, run.here)
+        if run.checkpoint.background:
+            pieces = self.staging.copy(pieces)
+        self.step = run.step
+        index = {
+            name: {"dtype": shards.NAMES[t.dtype], "shape": list(t.shape), "pieces": []} for name, t in tensors.items()
+        }
+        self.thread = threading.Thread(
+            target=self._write, args=(run, run.step, draft, pieces, index, state, began), name="save", daemon=True
+        )
+        self.thread.start()
+
+    def finish(self, run: Run) -> None:
+        """Waits until the save that is under way is complete; all ranks call it. RunError on all of them where it failed."""
+        if self.thread is None:
+            return
+        self.join()
+        if dist.any_rank(self.error is not None):
+            self._refuse(run)
+
+    def join(self) -> None:
+        """Waits for this rank's part, on its way out after an error: the state is worth having."""
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+
+    def _refuse(self, run: Run) -> None:
+        text = dist.said_by_first(self.error or "")
+        self.error = None
+        if run.checkpoint.on_error == "stop":
+            raise RunError(text)
+        self.step = 0
+        if run.here.first:
+            print(f"not saved, training goes on: {text}", file=sys.stderr, flush=True)
+
+    def _write(
+        self,
+        run: Run,
+        step: int,
+        draft: Path,
+        pieces: dict[str, shards.Piece],
+        index: dict[str, Any],
+        state: str,
+        began: float,
+    ) -> None:
+        try:
+            file = f"rank_{run.here.rank:05d}.safetensors"
+            try:
+                part = {
+                    "file": file,
+                    "entry": shards.write(draft / file, pieces),
+                    "pieces": {
+                        name: [shards.NAMES[values.dtype], offset, list(values.shape)]
+                        for name, (values, offset) in pieces.items()
+                    },
+                }
+            except OSError as error:
+                part = {"error": f"{draft / file}: {error.strerror}"}
+            parts = dist.collect(f"save/{step}", part)
+            if parts is None:
+                return  # rank 0 publishes
+            if errors := [each["error"] for each in parts if "error" in each]:
+                raise OSError(f"{errors[0]}: {_room(draft)}")
+            for each in parts:
+                for name, (dtype, offset, shape) in each["pieces"].items():
+                    # what is new here are another rank's generators
+                    entry = index.setdefault(name, {"dtype": dtype, "shape": shape, "pieces": []})
+                    entry["pieces"].append([each["file"], offset, shape])
+            _commit(run, draft, {each["file"]: each["entry"] for each in parts}, index, state)
+            # the longest so far: `fairexp doctor` compares it with the time that a scheduler gives
+            seconds = round(time.monotonic() - began, 3)
+            run.dir.set_status(save_s=max(seconds, run.dir.status().get("save_s", 0.0)))
+            _prune(run)
+        except Fenced as error:
+            print(error, file=sys.stderr, flush=True)
+            leave(FAILED)
+        except Exception as error:
+            shutil.rmtree(draft, ignore_errors=True)
+            self.error = f"checkpoint of step {step}: {_in_words(error)}"
+            if run.checkpoint.on_error == "stop":
+                run.stop.trouble = True  # all ranks learn of it at the next step boundary at which they compare notes
+
+
+def _prepare(draft: Path, tensors: dict[str, Tensor], world_size: int) -> str | None:
+    """Makes the folder; why a checkpoint has no place, if it hasn't."""
+    need = sum(tensor.nbytes for tensor in tensors.values()) + SPARE_BYTES
+    try:
+        room = os.statvfs(draft.parent)
+        free = room.f_bavail * room.f_frsize
+        if free < need or (room.f_files and room.f_favail < world_size + 4):
+            return f"{draft.parent}: a checkpoint needs {need / 2**20:.1f} MiB and {world_size + 4} files; {_room(draft.parent)}"
+        shutil.rmtree(draft, ignore_errors=True)  # what a failed save left
+        draft.mkdir()
+    except FileNotFoundError:
+        print(Fenced(draft.name), file=sys.stderr, flush=True)
+        leave(FAILED)
+    except OSError as error:
+        return f"{error.filename}: {error.strerror}"
+    return None
+
+
+def _room(folder: Path) -> str:
+    room = os.statvfs(folder)
+    return f"{room.f_bavail * room.f_frsize / 2**20:.1f} MiB and {room.f_favail} files are free"
+
+
+def _in_words(error: Exception) -> str:
+    if isinstance(error, OSError):
+        return f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    return f"{type(error).__name__}: {error}"
+
+
+def _commit(run: Run, draft: Path, files: dict[str, Any], index: dict[str, Any], state: str) -> None:
+    """Makes the draft a checkpoint: from the rename on it is one, before it is nothing."""
+    scalars = json.loads(state)
+    files["state.json"] = _write_text(draft / "state.json", state)
+    body = {
+        "schema": manifest.SCHEMA,
+        "step": scalars["step"],
+        "time": time.time(),
+        "metrics": {
+            name: value
+            for name, value in scalars["final"].items()
+            if name.startswith("eval/") and scalars["evaluated"] == scalars["step"]
+        },
+        **_made_by(run),
+        "files": files,
+        "tensors": index,
+    }
+    _write_text(draft / manifest.FILE, manifest.encode(body))
+    _sync_folder(draft)
+    run.tracker.sync()  # the rows up to here must outlive what the checkpoint outlives
+    final = run.dir.checkpoints / draft.name
+    publish(draft, final)
+    _sync_folder(final.parent)
+
+
+def _made_by(run: Run) -> dict[str, Any]:
+    """What the last bits depend on, besides the config."""
+    return {
+        "world_size": run.here.world_size,
+        "strategy": run.config["strategy"]["_target_"],
+        "device": run.here.device.type,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "fairexp": __version__,
+    }
+
+
+def _write_text(file: Path, text: str) -> dict[str, Any]:
+    data = text.encode()
+    with open(file, "xb") as out:
+        out.write(data)
+        out.flush()
+        os.fsync(out.fileno())
+    return {"bytes": len(data), "sha256": manifest.digest(data)}
+
+
+def _prune(run: Run) -> None:
+    """Removes what checkpoint.keep_* don't ask for; its successor is on the disk by now."""
+    there = manifest.committed(run.dir.checkpoints)
+    for step in there.keys() - kept(there, run):
+        trash = run.dir.workspace / f"trash_{step}"  # type: ignore[operator]
+        publish(there[step], trash)  # first the name: a half-deleted folder must not look complete
+        shutil.rmtree(trash)
+
+
+def kept(there: dict[int, Path], run: Run) -> set[int]:
+    """Which of the steps stay: the last ones, each keep_every-th, and the best by a metric."""
+    rules = run.checkpoint
+    steps = list(there)
+    keep = set(steps[-rules.keep_last :])
+    if rules.keep_every:
+        keep |= {step for step in steps if step % rules.keep_every == 0}
+    if rules.keep_best:
+        values = {step: _metric(folder, rules.best_metric) for step, folder in there.items()}
+        known = sorted((value, step) for step, value in values.items() if value is not None)
+        keep |= {
+            step for _, step in (known[-rules.keep_best :] if rules.best_is == "max" else known[: rules.keep_best])
+        }
+    return keep
+
+
+def _metric(folder: Path, name: str | None) -> float | None:
+    try:
+        value = manifest.decode(manifest.text_of(folder), folder)["metrics"].get(name)
+    except Damaged:
+        return None
+    return None if value is None or value != value else value  # NaN is the best of nothing
+
+
+# --- back ---
+
+
+def restore(run: Run) -> None:
+    """Gives the run the state of the newest checkpoint that is whole; a damaged one is put aside, in words. RunError, where
+    there are some and none is whole."""
+    run.saver.finish(run)
+    steps = list(manifest.committed(run.dir.checkpoints)) if run.here.first else []
+    steps = json.loads(dist.said_by_first(json.dumps(steps)))
+    for step in reversed(steps):
+        folder = run.dir.checkpoints / f"step_{step:08d}"
+        try:
+            load(run, folder)
+            return
+        except Damaged as damage:
+            if run.here.first:
+                aside = folder.with_name(f"damaged_{folder.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                publish(folder, aside)
+                print(f"{damage}: not used, now {aside.name}", file=sys.stderr, flush=True)
+    if steps:
+        raise RunError(f"{run.dir.checkpoints}: no checkpoint is whole; remove the damaged ones to start from step 0")
 
 
 def load(run: Run, folder: Path) -> None:
-    """Gives the run the state of the checkpoint; all ranks take part. Any strategy and world size may have written it."""
-    import torch.distributed.checkpoint as dcp
+    """Gives the run the state of the checkpoint; all ranks take part. Any strategy and world size may have written it.
+    Damaged on all ranks, where a file isn't what was written: before anything of the run has changed."""
+    body = _verified(run, folder)
+    try:
+        scalars = manifest.read_json(folder / "state.json")
+        _take(run, folder, body, scalars)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, SafetensorError) as error:
+        raise RunError(f"{folder}: not a checkpoint of this run ({type(error).__name__}: {error})") from error
+    run.saver.step = run.step
+    if run.here.first and run.step and (changed := _changed(body, _made_by(run))):
+        print(f"not bit for bit as before: {changed}", file=sys.stderr, flush=True)
 
-    scalars = json.loads((folder / "state.json").read_text())
-    reader = _reader(folder)
-    stored = reader.read_metadata().state_dict_metadata
-    wanted: dict[str, Tensor] = {f"model.{name}": tensor for name, tensor in run.module.state_dict().items()}
+
+def _verified(run: Run, folder: Path) -> dict[str, Any]:
+    """The manifest, the same on all ranks, after they have shared the work of checking its files."""
+    trouble, text = "", ""
+    if run.here.first:
+        try:
+            text = manifest.text_of(folder)
+            manifest.decode(text, folder)
+        except Damaged as damage:
+            trouble = str(damage)
+    if trouble := dist.said_by_first(trouble):
+        raise Damaged(trouble)
+    body = manifest.decode(dist.said_by_first(text), folder)
+    for number, (name, entry) in enumerate(body["files"].items()):
+        if number % run.here.world_size == run.here.rank and not trouble:
+            try:
+                manifest.check(folder / name, entry["bytes"], entry["sha256"])
+            except Damaged as damage:
+                trouble = str(damage)
+    if trouble := dist.said_by_any(trouble):
+        raise Damaged(trouble)
+    return body
+
+
+def _take(run: Run, folder: Path, body: dict[str, Any], scalars: dict[str, Any]) -> None:
+    stored = shards.Stored(folder, body["tensors"])
+    wanted: dict[str, Tensor] = {f"model.{name}": tensor for name, tensor in _module_state(run).items()}
     if run.ema:
         wanted |= {f"ema.{name}": tensor for name, tensor in run.ema.shadow.items()}
-    if missing := sorted(wanted.keys() - stored.keys()):
+    if missing := sorted(wanted.keys() - stored.tensors.keys()):
         raise RunError(f"{folder} was written by another model: it has no {', '.join(missing[:3])}")
-    optimizer_state: dict[str, dict[str, Tensor]] = {}
-    for key, metadata in stored.items():
+    for name, tensor in wanted.items():
+        stored.fits(name, tensor)
+    optimizer_state: dict[str, dict[str, Any]] = {}
+    for key in stored.tensors:
         kind, _, rest = key.partition(".")
         name, _, what = rest.rpartition(".")
         if kind == "optim":
-            tensor = _empty_like_stored(metadata, run.parameters[name])
+            tensor = _room_for(stored.shape(key), stored.dtype(key), run.parameters[name])
             optimizer_state.setdefault(name, {})[what] = wanted[key] = tensor
         elif kind == "rng" and name == str(run.here.rank):
-            wanted[key] = torch.empty(metadata.size, dtype=metadata.properties.dtype)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="torch.distributed")
-        dcp.load(wanted, storage_reader=reader, no_dist=not dist.is_initialized())
+            wanted[key] = torch.empty(stored.shape(key), dtype=stored.dtype(key))
+    order = [name for group in scalars["param_groups"] for name in group["params"]]
+    trained = {id(p) for group in run.optimizer.param_groups for p in group["params"]}
+    if sorted(order) != sorted(name for name, p in run.parameters.items() if id(p) in trained):
+        raise RunError(f"{folder}: its optimizer has other parameters than this run's")
+    for name, tensor in wanted.items():  # from here on the run changes
+        stored.read(name, tensor)
+    for name, values in scalars["optimizer"].items():
+        optimizer_state.setdefault(name, {}).update(values)
     _load_optimizer(run, optimizer_state, scalars["param_groups"])
     _set_random_state({key.rpartition(".")[2]: tensor for key, tensor in wanted.items() if key.startswith("rng.")})
     run.precision.load(scalars["precision"])
     run.step, run.final, run.best = scalars["step"], scalars["final"], scalars["best"]
+    run.evaluated = scalars["evaluated"]
+
+
+def _changed(there: dict[str, Any], here: dict[str, Any]) -> str:
+    keys = ("world_size", "strategy", "device", "threads", "torch")
+    return ", ".join(f"{key} was {there.get(key)}, is {here[key]}" for key in keys if there.get(key) != here[key])
+
+
+# --- what the state is ---
+
+
+def _module_state(run: Run) -> dict[str, Tensor]:
+    state = run.module.state_dict()
+    if other := [name for name, value in state.items() if not isinstance(value, Tensor)]:
+        raise RunError(f"model: its state dict holds {other[0]}, which is no tensor: make it a buffer")
+    return state
 
 
 def _tensors(run: Run) -> dict[str, Tensor]:
-    """Everything that is a tensor, by name. DTensors are saved shard by shard, what all ranks hold alike once."""
-    state = {f"model.{name}": tensor for name, tensor in run.module.state_dict().items()}
+    """Everything that is a tensor, by name."""
+    state = {f"model.{name}": tensor for name, tensor in _module_state(run).items()}
     for name, parameter in run.parameters.items():
         for what, value in run.optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
@@ -108,53 +382,77 @@ def _tensors(run: Run) -> dict[str, Tensor]:
 
 
 def _scalars(run: Run) -> dict[str, Any]:
+    """Everything else, as JSON values."""
     names = {id(parameter): name for name, parameter in run.parameters.items()}
     groups = [
         {
             "params": [names[id(parameter)] for parameter in group["params"]],
-            **{key: value for key, value in group.items() if isinstance(value, bool | int | float | str | None)},
+            **{key: _json(value, f"group's {key}") for key, value in group.items() if key != "params"},
         }
         for group in run.optimizer.param_groups
     ]
+    optimizer = {}
+    for parameter, values in run.optimizer.state.items():
+        name = names[id(parameter)]
+        plain = {what: _json(v, f"{what} of {name}") for what, v in values.items() if not isinstance(v, Tensor)}
+        if plain:
+            optimizer[name] = plain
     return {
         "step": run.step,
-        "world_size": run.here.world_size,
         "precision": run.precision.state(),
         "param_groups": groups,
+        "optimizer": optimizer,
         "final": run.final,
         "best": run.best,
-        "torch": torch.__version__,
+        "evaluated": run.evaluated,
     }
 
 
-def _load_optimizer(run: Run, state: dict[str, dict[str, Tensor]], groups: list[dict[str, Any]]) -> None:
+def _json(value: Any, what: str) -> Any:
+    """The value, if JSON holds it exactly; a tensor of one number as that."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return value.item()
+    if isinstance(value, tuple | list) and all(isinstance(each, SCALAR) for each in value):
+        return list(value)
+    if not isinstance(value, SCALAR):
+        raise RunError(f"optimizer: its {what} is a {type(value).__name__}, which a checkpoint doesn't hold")
+    return value
+
+
+def _load_optimizer(run: Run, state: dict[str, dict[str, Any]], groups: list[dict[str, Any]]) -> None:
     full = run.optimizer.state_dict()
-    order = [name for group in groups for name in group["params"]]
     index = {id(p): i for i, p in enumerate(p for group in run.optimizer.param_groups for p in group["params"])}
-    if sorted(order) != sorted(name for name, parameter in run.parameters.items() if id(parameter) in index):
-        raise RunError("the checkpoint's optimizer has other parameters than this run's")
     full["state"] = {index[id(run.parameters[name])]: values for name, values in state.items()}
     for group, saved in zip(full["param_groups"], groups, strict=True):
-        group.update({key: value for key, value in saved.items() if key != "params"})
+        for key in saved.keys() - {"params"}:
+            value = group.get(key)
+            if isinstance(value, Tensor):
+                value.fill_(saved[key])
+            else:
+                group[key] = tuple(saved[key]) if isinstance(value, tuple) else saved[key]
     run.optimizer.load_state_dict(full)
+    for name, values in state.items():  # it casts to the parameter's type: float64 moments would lose bits
+        loaded = run.optimizer.state[run.parameters[name]]
+        for what, value in values.items():
+            if isinstance(value, Tensor) and loaded[what].dtype != value.dtype:
+                loaded[what] = value.to(loaded[what].device)
 
 
-def _empty_like_stored(metadata: Any, parameter: Tensor) -> Tensor:
+def _room_for(shape: torch.Size, dtype: torch.dtype, parameter: Tensor) -> Tensor:
     """Room for a stored optimizer tensor: sharded as its parameter where it has the parameter's shape (moments), else whole."""
-    dtype = metadata.properties.dtype
-    if metadata.size == parameter.shape:
+    if shape == parameter.shape:
         return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
-    return torch.empty(metadata.size, dtype=dtype, device="cpu")
+    return torch.empty(shape, dtype=dtype, device="cpu")
 
 
 def _random_state(device: torch.device) -> dict[str, Tensor]:
     """This rank's generators as tensors: dropout goes on where it was."""
-    version, keys, _ = random.getstate()
-    array, position = np.random.get_state(legacy=True)[1:3]  # type: ignore[index]
+    version, keys, next_gauss = random.getstate()
+    _, array, position, has_gauss, gauss = np.random.get_state(legacy=True)  # type: ignore[misc]
     state = {
         "torch": torch.get_rng_state(),
-        "python": torch.tensor([version, *keys], dtype=torch.int64),
-        "numpy": torch.cat([torch.from_numpy(np.asarray(array).astype(np.int64)), torch.tensor([position])]),
+        "python": torch.tensor([version, *keys, *_as_ints(next_gauss)], dtype=torch.int64),
+        "numpy": torch.tensor([*np.asarray(array).tolist(), position, *_as_ints(gauss if has_gauss else None)]),
     }
     return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
 
@@ -164,68 +462,21 @@ def _set_random_state(state: dict[str, Tensor]) -> None:
     if "torch" not in state:
         return
     torch.set_rng_state(state["torch"])
-    version, *keys = state["python"].tolist()
-    random.setstate((version, tuple(keys), None))
-    *array, position = state["numpy"].tolist()
-    np.random.set_state(("MT19937", np.array(array, dtype=np.uint32), position, 0, 0.0))
+    version, *keys, has, bits = state["python"].tolist()
+    random.setstate((version, tuple(keys), _as_float(bits) if has else None))
+    *array, position, has, bits = state["numpy"].tolist()
+    np.random.set_state(("MT19937", np.array(array, dtype=np.uint32), position, has, _as_float(bits)))
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def _reader(folder: Path) -> Any:
-    """DCP's reader, less its pickle.load: a checkpoint from elsewhere can't run code."""
-    from torch.distributed.checkpoint import FileSystemReader
-    from torch.distributed.checkpoint.metadata import StorageMeta
-
-    class Reader(FileSystemReader):
-        def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
-            with open(folder / ".metadata", "rb") as file:
-                metadata = _MetadataUnpickler(file).load()
-            if getattr(metadata, "storage_meta", None) is None:
-                metadata.storage_meta = StorageMeta()
-            metadata.storage_meta.load_id = self.load_id
-            return metadata
-
-    return Reader(folder)
+def _as_ints(number: Any) -> tuple[int, int]:
+    """Whether there is a number, and its bits: generators of normal numbers make two and keep one."""
+    return (0, 0) if number is None else (1, struct.unpack("<q", struct.pack("<d", number))[0])
 
 
-class _MetadataUnpickler(pickle.Unpickler):
-    ALLOWED: ClassVar = {
-        "torch.distributed.checkpoint.metadata": {
-            "Metadata",
-            "TensorStorageMetadata",
-            "ChunkStorageMetadata",
-            "TensorProperties",
-            "MetadataIndex",
-            "StorageMeta",
-            "_MEM_FORMAT_ENCODING",
-        },
-        "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
-        "torch": {
-            "Size",
-            "device",
-            "float64",
-            "float32",
-            "float16",
-            "bfloat16",
-            "int64",
-            "int32",
-            "uint8",
-            "bool",
-            "strided",
-        },
-        "torch.serialization": {"_get_layout"},
-        "collections": {"OrderedDict"},
-        "pathlib": {"PosixPath"},
-        "pathlib._local": {"PosixPath"},
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        if name not in self.ALLOWED.get(module, ()):
-            raise RunError(
-                f"the checkpoint's .metadata names {module}.{name}: not a checkpoint of fairexp; nothing was run"
-            )
-        return super().find_class(module, name)
+def _as_float(bits: int) -> float:
+    return struct.unpack("<d", struct.pack("<q", bits))[0]
 
 
 def _sync_folder(folder: Path) -> None:
@@ -234,8 +485,3 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _barrier() -> None:
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.barrier()

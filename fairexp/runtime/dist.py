@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -84,6 +87,54 @@ def max_over_ranks(values: torch.Tensor) -> torch.Tensor:
     """The element-wise maximum over all ranks, in place."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    return values
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether it holds on any rank."""
+    return bool(max_over_ranks(torch.tensor(float(flag))))
+
+
+def said_by_first(text: str) -> str:
+    """Rank 0's text, on every rank."""
+    return _said_by(0, text)
+
+
+def said_by_any(text: str) -> str:
+    """The text of the last rank that has one, on every rank; "" where none has."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    speaker = int(max_over_ranks(torch.tensor(rank + 1.0 if text else 0.0)))
+    return _said_by(speaker - 1, text) if speaker else ""
+
+
+def _said_by(speaker: int, text: str) -> str:
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return text
+    data = torch.frombuffer(bytearray(text.encode() or b" "), dtype=torch.uint8)
+    size = torch.tensor([len(data) if text else 0])
+    dist.broadcast(size, src=speaker)
+    if not int(size):
+        return ""
+    if dist.get_rank() != speaker:
+        data = torch.empty(int(size), dtype=torch.uint8)
+    dist.broadcast(data, src=speaker)
+    return data.numpy().tobytes().decode()
+
+
+def collect(key: str, value: Any) -> list[Any] | None:
+    """Every rank's JSON value, on rank 0; None on the others. No collective, so threads may call it; a key is used once."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    store = dist.distributed_c10d._get_default_store()
+    if dist.get_rank() != 0:
+        store.set(f"{key}/{dist.get_rank()}", json.dumps(value))
+        return None
+    values = [value]
+    for rank in range(1, dist.get_world_size()):
+        while not store.check([f"{key}/{rank}"]):  # not get: the store can do nothing else while it waits
+            time.sleep(0.02)
+        values.append(json.loads(store.get(f"{key}/{rank}")))
+        store.delete_key(f"{key}/{rank}")
     return values
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fairexp.config.manifest import Damaged
 from fairexp.config.rundir import RunDir
 from fairexp.errors import RunError, UserError
 from fairexp.runtime import build, checkpoint, dist, loop
@@ -25,5 +26,5 @@ def evaluate_checkpoint(
         run = build.build(run_dir, {**config, "strategy": SINGLE}, here, Stop())
         checkpoint.load(run, folder)
         return {f"eval/{name}": value for name, value in loop.evaluate(run).items()}
-    except RunError as error:
+    except (RunError, Damaged) as error:
         raise UserError(str(error)) from error

@@ -133,6 +133,7 @@ def evaluate_and_log(run: Run) -> None:
     record = {f"eval/{name}": value for name, value in evaluate(run).items()}
     run.tracker.log(record, run.step)
     run.final |= record
+    run.evaluated = run.step
     for name, value in record.items():
         better = min if name.endswith("loss") else max
         run.best[name] = better(value, run.best.get(name, value))

@@ -23,6 +23,7 @@ class Stop:
 
     def __init__(self) -> None:
         self.signal = 0
+        self.trouble = False  # something in the background needs the ranks at a step boundary
         self.stopped = False  # the ranks have agreed to; a signal after their last step comes too late
         self._look_at = 0
         self._looked: tuple[int, float] | None = None  # at which step, when
@@ -42,9 +43,9 @@ class Stop:
         step_time = LOOK_EVERY_S  # of the first look nothing is known: look again at the next step
         if self._looked:
             step_time = (time.monotonic() - self._looked[1]) / (step - self._looked[0])
-        worst = dist.max_over_ranks(torch.tensor([float(self.signal), step_time], dtype=torch.float64))
+        worst = dist.max_over_ranks(torch.tensor([float(self.signal), step_time, float(self.trouble)], dtype=torch.float64))
         self.signal, step_time = int(worst[0]), float(worst[1])
         self._looked = (step, time.monotonic())
         self._look_at = step + min(max(int(LOOK_EVERY_S / max(step_time, 1e-6)), 1), 1000)
         self.stopped = self.signal != 0
-        return self.stopped
+        return self.stopped or bool(worst[2])

@@ -9,8 +9,10 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
+from fairexp.config.attempt import publish
+from fairexp.errors import Fenced
 from fairexp.runtime.trackers.nothing import Nothing
 
 # Bare NaN and Infinity are not JSON, and most readers stop at them. `default` takes 0-d tensors and numpy's numbers.
@@ -34,10 +36,14 @@ class Metrics:
 
     A row is one call: `{"step": 100, "train/loss": 0.5, ...}`. A step may have several rows with different metrics, as
     from training and evaluation. Before the first `log` of an attempt call `drop_after` with the step it starts from.
+    `workspace`: the attempt's. The file is replaced once by each attempt and then written through the descriptor: what an
+    older one still writes goes into a file that has no name any more.
     """
 
-    def __init__(self, run_dir: Path, tracker: Tracker) -> None:
+    def __init__(self, run_dir: Path, tracker: Tracker, workspace: Path | None = None) -> None:
         self._path = run_dir / "metrics.jsonl"
+        self._draft = (workspace or run_dir) / "metrics.jsonl.tmp"
+        self._file: BinaryIO | None = None
         self._tracker = tracker
         self._step = 0
         self._logged: set[str] = set()  # the metrics that stand at self._step
@@ -55,22 +61,28 @@ class Metrics:
         if not new:
             return
         self._logged.update(new)
-        # Opened for each row: a closed file outlives a kill -9 and, on NFS, is on the server; 20 us on a local disk.
-        with open(self._path, "a", encoding="utf-8") as file:
-            file.write(_line({"step": step, **new}))
+        if self._file is None:
+            self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115, it stays open
+        self._file.write(_line({"step": step, **new}).encode())  # in one call: a kill -9 leaves it whole or not at all
         self._tell(self._tracker.log, new, step)
 
     def drop_after(self, step: int) -> None:
         """Forgets the rows after `step`, and a line that a kill tore; the file is replaced in one piece."""
         rows = [row for row in read(self._path) if row["step"] <= step] if self._path.exists() else []
-        kept = self._path.with_suffix(".jsonl.tmp")
-        with open(kept, "w", encoding="utf-8") as file:
-            file.writelines(map(_line, rows))
-            file.flush()
-            os.fsync(file.fileno())  # before the rename: a crash must not leave an empty file under the final name
-        os.replace(kept, self._path)
+        try:
+            self._file = open(self._draft, "wb", buffering=0)  # noqa: SIM115
+        except FileNotFoundError:
+            raise Fenced(self._path) from None
+        self._file.write("".join(map(_line, rows)).encode())
+        os.fsync(self._file.fileno())  # before the rename: a crash must not leave an empty file under the final name
+        publish(self._draft, self._path)
         self._step = rows[-1]["step"] if rows else 0
         self._logged = {metric for row in rows if row["step"] == self._step for metric in row} - {"step"}
+
+    def sync(self) -> None:
+        """The rows so far are on the disk."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
 
     def finish(self, exit_code: int) -> None:
         """Closes the tracker, which tells its page how the run ended."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
@@ -15,10 +16,12 @@ from pathlib import Path
 
 import torch
 
-from fairexp.config.rundir import RunDir, write_atomically
-from fairexp.errors import DONE, FAILED, INTERRUPTED, RunError, UserError
+from fairexp.config import attempt
+from fairexp.config.rundir import RunDir
+from fairexp.errors import DISK, DONE, FAILED, INTERRUPTED, Fenced, RunError, UserError
+from fairexp.lifetime import leave
 from fairexp.runtime import build as building
-from fairexp.runtime import dist, loop
+from fairexp.runtime import checkpoint, dist, loop
 from fairexp.runtime.make import make, trust
 from fairexp.runtime.preempt import Stop
 
@@ -28,32 +31,44 @@ def main(run_dir: RunDir) -> int:
     stop = Stop()  # first: a Ctrl-C while the model is built ends the run as one during training
     began = time.monotonic()
     here, run = None, None
-    heartbeat = Heartbeat(run_dir)
+    heartbeat = Heartbeat()
     try:
         config = run_dir.config()
         if threads := os.environ.get("OMP_NUM_THREADS"):
             torch.set_num_threads(int(threads))  # a pool has loaded torch before it knew
         trust(run_dir.launch()["trusted"])
         here = dist.place(config["trainer"]["device"])
+        number = int(os.environ.get("FAIREXP_ATTEMPT", "0"))
         if here.first:
-            run_dir.set_status(state="running", error=None)
-            write_atomically(run_dir.path / "environment.json", json.dumps(environment(here), indent=1) + "\n")
+            number = number or attempt.take(run_dir.path)  # torchrun started it
+            run_dir = RunDir(run_dir.path, attempt.workspace(run_dir.path, number))
+            run_dir.set_status(state="running", error=None, attempts=number)
+            run_dir.write("environment.json", json.dumps(environment(here), indent=1) + "\n")
         if config["trainer"]["deterministic"]:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
         run = building.build(run_dir, config, here, stop)
+        number = int(dist.max_over_ranks(torch.tensor(number)))
+        run.dir = RunDir(run_dir.path, attempt.workspace(run_dir.path, number))
+        checkpoint.restore(run)
         building.track(run)
         announce(run)
         heartbeat.start(run)
         gc.freeze()  # what start-up made stays: the collector needn't look at it again
         gc.enable()
         make(config["loop"], run=run)
+        run.saver.finish(run)
         code = (
             INTERRUPTED if stop.stopped and run.step < run.max_steps else DONE
         )  # after the last step it came too late
+    except Fenced as error:
+        print(error, file=sys.stderr, flush=True)
+        leave(FAILED)
     except Exception as error:
         code = FAILED
         record_error(run_dir, error)
+        if run is not None:
+            run.saver.join()
     heartbeat.stop()  # two writers of status.json would lose each other's changes
     if run is not None:
         end(run, code, time.monotonic() - began)
@@ -88,7 +103,7 @@ def end(run: building.Run, code: int, seconds: float) -> None:
         return
     if code == DONE:
         summary = json.dumps(loop.summary(run, seconds), indent=1)
-        write_atomically(run.dir.path / "summary.json", summary + "\n")
+        run.dir.write("summary.json", summary + "\n")
     run.tracker.finish(code)
     # whether a run that stopped was cancelled or goes on, and whose fault an error is, says the job, which sees all ranks
     state = {DONE: "finished", INTERRUPTED: "interrupted", FAILED: "failed"}[code]
@@ -97,15 +112,9 @@ def end(run: building.Run, code: int, seconds: float) -> None:
 
 
 class Heartbeat:
-    """Tells status.json every two seconds that rank 0 lives, and its step.
+    """Tells status.json every two seconds that rank 0 lives, and its step. Ends the process where a later attempt has the run."""
 
-    Ends the process where a later attempt has the run: a scheduler that has lost a node starts the run elsewhere, while the
-    old processes live on.
-    """
-
-    def __init__(self, run_dir: RunDir):
-        self.run_dir = run_dir
-        self.attempt = int(os.environ.get("FAIREXP_ATTEMPT", "0"))
+    def __init__(self) -> None:
         self.over = threading.Event()
         self.thread: threading.Thread | None = None
 
@@ -117,10 +126,11 @@ class Heartbeat:
 
     def _beat(self, run: building.Run) -> None:
         while not self.over.wait(2.0):
-            if self.attempt and self.run_dir.status()["attempts"] > self.attempt:
-                print("another attempt has this run: this one ends", file=sys.stderr, flush=True)
+            try:
+                run.dir.set_status(step=run.step)
+            except Fenced as error:
+                print(error, file=sys.stderr, flush=True)
                 leave(FAILED)
-            self.run_dir.set_status(step=run.step)
 
     def stop(self) -> None:
         """No beat comes after this."""
@@ -137,6 +147,8 @@ def record_error(run_dir: RunDir, error: Exception) -> None:
         text, trace = f"rank {rank} lost another rank in a collective; that rank's log says why", ""
     elif isinstance(error, RunError | UserError):
         text, trace = str(error), ""
+    elif isinstance(error, OSError) and error.errno in DISK:
+        text, trace = f"{error.filename}: {error.strerror}; the same command goes on when that is mended", ""
     else:
         text, trace = f"{type(error).__name__}: {error}", traceback.format_exc()
     record = {
@@ -147,7 +159,8 @@ def record_error(run_dir: RunDir, error: Exception) -> None:
         "error": text,
         "traceback": trace,
     }
-    write_atomically(run_dir.logs / f"error_{rank}.json", json.dumps(record) + "\n")
+    with contextlib.suppress(Fenced):  # a later attempt isn't to take it for its own
+        run_dir.write(f"logs/error_{rank}.json", json.dumps(record) + "\n")
     print(trace or text, file=sys.stderr, flush=True)
 
 
@@ -168,13 +181,6 @@ def environment(here: dist.Place) -> dict[str, object]:
             {path.name.removesuffix(".dist-info") for folder in folders for path in folder.glob("*.dist-info")}
         ),
     }
-
-
-def leave(code: int) -> None:
-    """Ends the process without Python's finalization: gloo's threads race it, and up to one good run in ten would abort."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 if __name__ == "__main__":

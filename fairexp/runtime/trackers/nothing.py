@@ -12,5 +12,8 @@ class Nothing:
     def log(self, record: Mapping[str, float], step: int) -> None:
         pass
 
+    def sync(self) -> None:
+        pass
+
     def finish(self, exit_code: int) -> None:
         pass
