@@ -24,6 +24,8 @@ fairexp: config-driven experiments for PyTorch
   fairexp requeue RUNS           stop jobs of Slurm and put them back into its queue
   fairexp compare RUNS           the results side by side; --over seed: mean and 95 % interval
   fairexp eval RUN [--step N]    evaluate a run's last checkpoint; key=value changes its config
+  fairexp checkpoints RUN        what it has saved, verified byte for byte; --quick: by size
+  fairexp verify-resume [overrides]  prove for your model and data that a killed run goes on bit for bit
   fairexp config [overrides]     print the resolved config, and where each value comes from
   fairexp doctor [overrides]     what a run here, or on launcher=slurm, would trip over
 
@@ -357,6 +359,26 @@ def evaluate(arguments: Sequence[str]) -> int:
     )
 
 
+def checkpoints(arguments: Sequence[str]) -> int:
+    """Lists and verifies what a run has saved."""
+    run, flags = one_run("checkpoints", arguments, (), ("--quick", "--json"))
+    from fairexp.runs.checkpoints import show
+
+    return show(run, thorough="--quick" not in flags, as_json="--json" in flags)
+
+
+def verify_resume(arguments: Sequence[str]) -> int:
+    """Proves that a run which was killed goes on bit for bit, or names the first state that doesn't."""
+    flags, overrides = take_flags(arguments, ("--config-dir", "--config-name", "--trust", "--steps"), ())
+    steps = flags.get("--steps", ["10"])[-1]
+    if not steps.isdigit() or int(steps) < 1:
+        raise UserError(f"--steps: takes a number of steps >= 1, got {steps}")
+    from fairexp.launch.verify import verify
+
+    folders = [Path(folder) for folder in flags.get("--config-dir", [])]
+    return verify(overrides, folders, flags.get("--config-name", ["train"])[-1], flags.get("--trust", []), int(steps))
+
+
 VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train,
     "eval": evaluate,
@@ -368,5 +390,7 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "cancel": cancel_runs,
     "requeue": requeue_runs,
     "compare": compare_runs,
+    "checkpoints": checkpoints,
+    "verify-resume": verify_resume,
     "doctor": examine,
 }

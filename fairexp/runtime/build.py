@@ -76,7 +76,7 @@ def build(run_dir: RunDir, config: Mapping[str, Any], here: dist.Place, stop: St
     model = strategy.wrap(module, here, seed)
     if trainer.compile == "whole":
         model.compile()
-    torch.manual_seed(init.seed_of(seed, "rank", here.rank))  # each rank its own dropout masks
+    init.seed_generators(init.seed_of(seed, "rank", here.rank))  # each rank its own dropout masks
 
     # after the strategy: FSDP replaces the parameters
     optimizer = _optimizer(config["optimizer"], module, trainer)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import random
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -27,8 +29,15 @@ def construct(make_model: Callable[[], nn.Module], target: Any, seed: int) -> nn
     if isinstance(target, type) and issubclass(target, NamedInit):
         with torch.device("meta"):
             return make_model()
-    torch.manual_seed(seed)
+    seed_generators(seed)
     return make_model()
+
+
+def seed_generators(seed: int) -> None:
+    """Seeds torch's, numpy's and Python's global generators."""
+    torch.manual_seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
+    random.seed(seed)
 
 
 def materialize(model: nn.Module, device: torch.device, seed: int) -> None:

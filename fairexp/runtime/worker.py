@@ -21,7 +21,7 @@ from fairexp.config.rundir import RunDir
 from fairexp.errors import DISK, DONE, FAILED, INTERRUPTED, Fenced, RunError, UserError
 from fairexp.lifetime import leave
 from fairexp.runtime import build as building
-from fairexp.runtime import checkpoint, dist, loop
+from fairexp.runtime import census, checkpoint, dist, loop
 from fairexp.runtime.make import make, trust
 from fairexp.runtime.preempt import Stop
 
@@ -52,6 +52,8 @@ def main(run_dir: RunDir) -> int:
         run.dir = RunDir(run_dir.path, attempt.workspace(run_dir.path, number))
         checkpoint.restore(run)
         building.track(run)
+        if watch := run_dir.launch().get("census"):
+            census.Watched(run, watch["at"], watch["kill_at"])
         announce(run)
         heartbeat.start(run)
         gc.freeze()  # what start-up made stays: the collector needn't look at it again
