@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fairexp.runtime import shards
+from fairexp.runtime import dist, shards
 
 if TYPE_CHECKING:
     from fairexp.runtime.build import Run
@@ -65,6 +65,7 @@ class Watched:
     def _write(self, step: int) -> None:
         row: dict[str, Any] = {"step": step, "seen": self.seen}
         if step in self.at:
+            dist.share_buffers(self.run.module)  # as the save after this step does
             row["states"] = dict(states(self.run))
         with open(self.file, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
