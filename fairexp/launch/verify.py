@@ -30,8 +30,8 @@ CAUSES = {
     "dataset attribute": "a data set keeps no state: draw from the global generators, which are seeded for each sample",
     "augment attribute": "an augmentation gets a seed for each sample: draw from it, and keep no state",
     "schedule attribute": "a schedule must be a function of the step",
-    "batch": "an augmentation or data set draws from a generator that isn't seeded by the sample, or reads what changes",
-    "loss": "the forward pass depends on something that is not saved: a clock, a file, a generator of its own",
+    "batch of": "an augmentation or data set draws from a generator that isn't seeded by the sample, or reads what changes",
+    "loss of": "the forward pass depends on something that is not saved: a clock, a file, a generator of its own",
 }
 
 
@@ -108,15 +108,13 @@ def difference(whole: RunDir, broken: RunDir, steps: int) -> tuple[str | None, s
     num_states = num_seen = 0
     ranks = sorted((whole.path / "census").glob("rank_*.jsonl"), key=lambda path: int(path.stem[5:]))
     rows = {file.stem[5:]: (_rows(file), _rows(broken.path / "census" / file.name)) for file in ranks}
-    for step in range(steps, 2 * steps + 1):
+    for step in range(1, 2 * steps + 1):
         for rank, (theirs, ours) in rows.items():
-            # what the step of the checkpoint saw is not seen again after it
-            seen = zip(theirs[step]["seen"], ours[step]["seen"], strict=True) if step > steps else ()
-            for number, (one, other) in enumerate(seen):
+            for number, (one, other) in enumerate(zip(theirs[step]["seen"], ours[step]["seen"], strict=True)):
                 num_seen += 1
                 if one != other:
-                    what = "loss" if number % 2 else "batch"
-                    return f"{what} of step {step}, micro batch {number // 2 + 1}, on rank {rank}", ""
+                    what, before = "loss" if number % 2 else "batch", " (before the kill)" if step <= steps else ""
+                    return f"{what} of step {step}, micro batch {number // 2 + 1}, on rank {rank}{before}", ""
             states, others = theirs[step].get("states", {}), ours[step].get("states", {})
             when = "after the restart" if step == steps else "at the end"
             for name in (*states, *(name for name in others if name not in states)):
@@ -131,8 +129,12 @@ def difference(whole: RunDir, broken: RunDir, steps: int) -> tuple[str | None, s
 
 
 def _rows(file: Path) -> dict[int, dict[str, Any]]:
-    """The rows by step; after a restart the later ones count."""
-    return {row["step"]: row for row in map(json.loads, file.read_text(encoding="utf-8").splitlines())}
+    """The rows by step. After a restart the later ones count; the step of the checkpoint is not done again, only its states
+    are taken again."""
+    rows: dict[int, dict[str, Any]] = {}
+    for row in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
+        rows[row["step"]] = row if row["seen"] else rows.get(row["step"], row) | {"states": row.get("states", {})}
+    return rows
 
 
 def _metrics(run: RunDir) -> dict[tuple[int, str], Any]:
