@@ -22,7 +22,7 @@ NAMED = {
     "attribute": "model attribute calls (after the restart, step 3, rank 0); plain attributes are not saved: make it a buffer",
     "own generator": "augment attribute draw (after the restart, step 3, rank 0); an augmentation gets a seed for each sample",
     "global generator": "batch of step 4, micro batch 1, on rank 0; an augmentation or data set draws from a generator",
-    "clock": "loss of step 1, micro batch 1, on rank 0 (before the kill); the forward pass depends on something that is not saved: a clock",
+    "clock": "loss of step 1, micro batch 1, on rank 0 (before the kill); the forward pass depends on something",
 }
 
 
