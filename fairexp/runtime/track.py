@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, Protocol
 
 from fairexp.config.attempt import publish
 from fairexp.errors import Fenced
@@ -43,7 +43,7 @@ class Metrics:
     def __init__(self, run_dir: Path, tracker: Tracker, workspace: Path | None = None) -> None:
         self._path = run_dir / "metrics.jsonl"
         self._draft = (workspace or run_dir) / "metrics.jsonl.tmp"
-        self._file: BinaryIO | None = None
+        self._file: int | None = None  # its descriptor
         self._tracker = tracker
         self._step = 0
         self._logged: set[str] = set()  # the metrics that stand at self._step
@@ -62,19 +62,21 @@ class Metrics:
             return
         self._logged.update(new)
         if self._file is None:
-            self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115, it stays open
-        self._file.write(_line({"step": step, **new}).encode())  # in one call: a kill -9 leaves it whole or not at all
+            self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        self._append(_line({"step": step, **new}))
         self._tell(self._tracker.log, new, step)
 
     def drop_after(self, step: int) -> None:
         """Forgets the rows after `step`, and a line that a kill tore; the file is replaced in one piece."""
         rows = [row for row in read(self._path) if row["step"] <= step] if self._path.exists() else []
+        if self._file is not None:
+            os.close(self._file)
         try:
-            self._file = open(self._draft, "wb", buffering=0)  # noqa: SIM115
+            self._file = os.open(self._draft, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_TRUNC, 0o666)
         except FileNotFoundError:
             raise Fenced(self._path) from None
-        self._file.write("".join(map(_line, rows)).encode())
-        os.fsync(self._file.fileno())  # before the rename: a crash must not leave an empty file under the final name
+        self._append("".join(map(_line, rows)))
+        os.fsync(self._file)  # before the rename: a crash must not leave an empty file under the final name
         publish(self._draft, self._path)
         self._step = rows[-1]["step"] if rows else 0
         self._logged = {metric for row in rows if row["step"] == self._step for metric in row} - {"step"}
@@ -82,7 +84,18 @@ class Metrics:
     def sync(self) -> None:
         """The rows so far are on the disk."""
         if self._file is not None:
-            os.fsync(self._file.fileno())
+            os.fsync(self._file)
+
+    def _append(self, text: str) -> None:
+        """All of the text or, where the disk is full, nothing: a kill -9 can't tear it either, since it is one call."""
+        assert self._file is not None
+        data, size = text.encode(), os.fstat(self._file).st_size
+        try:
+            while data:
+                data = data[os.write(self._file, data) :]
+        except OSError as error:
+            os.ftruncate(self._file, size)
+            raise OSError(error.errno, error.strerror, str(self._path)) from None
 
     def finish(self, exit_code: int) -> None:
         """Closes the tracker, which tells its page how the run ended."""
