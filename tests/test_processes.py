@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from fairexp.launch.follow import Tail
+
 TWO_RANKS = ["strategy=ddp", "launcher.num_processes=2", "trainer.device=cpu", "model=mlp", "tracker=none"]
 FOREVER = [
     *TWO_RANKS,
@@ -173,6 +175,24 @@ def test_a_terminal_shows_a_bar_and_a_pipe_shows_lines(start: Callable[..., Comm
     assert re.search(r"^step 40/60  loss \d", in_pipe.seen, re.M)
     assert re.search(r"^step 40/60  eval loss .* eval top1 ", in_pipe.seen, re.M)
     assert "\x1b" not in in_pipe.output
+
+
+@pytest.mark.parametrize("grown", [False, True])
+def test_who_follows_a_file_that_lost_rows_reads_whole_lines_of_the_new_one(tmp_path: Path, grown: bool) -> None:
+    file = tmp_path / "metrics.jsonl"
+    file.write_text("one\n")
+    tail = Tail(file)
+    with open(file, "a") as rows:
+        rows.write("two\nthree\n")
+    assert tail.lines() == ["two", "three"]
+    (tmp_path / "new").write_text("one\nanother two\n" if grown else "one\n")
+    os.replace(tmp_path / "new", file)
+    assert tail.lines() == []
+    with open(file, "a") as rows:
+        rows.write("four\n")
+    assert tail.lines() == ["four"]
+    assert tail.file
+    tail.file.close()
 
 
 def test_sigterm_saves_as_ctrl_c_does(start: Callable[..., Command]) -> None:

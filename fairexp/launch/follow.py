@@ -145,6 +145,7 @@ class Tail:
         self.file: TextIO | None = None
         self.inode = 0
         self.rest = ""
+        self.torn = False  # the file is read from the middle of a line
         if path.exists() and not from_start:
             self._open()
             assert self.file is not None
@@ -155,17 +156,24 @@ class Tail:
         self.inode = os.fstat(self.file.fileno()).st_ino
 
     def lines(self) -> list[str]:
-        """The whole lines since the last call; a file that was replaced (a resume drops rows) is read from where it was."""
+        """The whole lines since the last call; a file that was replaced (a resume drops rows) is read from where it was, or
+        from the next line on where it has grown beyond that."""
         try:
             replaced = self.path.stat().st_ino != self.inode
         except FileNotFoundError:
             return []
         if self.file is None or replaced:
             position = self.file.tell() if self.file else 0
+            if self.file:
+                self.file.close()
             self._open()
             assert self.file is not None
-            self.file.seek(min(position, os.fstat(self.file.fileno()).st_size))
+            self.file.seek(max(min(position, os.fstat(self.file.fileno()).st_size) - 1, 0))
+            self.rest, self.torn = "", position > 0
         *whole, self.rest = (self.rest + self.file.read()).split("\n")
+        if self.torn and whole:
+            del whole[0]
+            self.torn = False
         return whole
 
 
