@@ -189,7 +189,7 @@ def overfit_one_batch(run: Run, steps: int, below: float) -> None:
         if mean < below:
             break
     verdict = f"one batch of {run.trainer.global_batch_size}: loss {first:.4g} -> {mean:.4g} in {run.step} steps"
-    if mean >= below:
+    if not mean < below:  # NaN isn't, nor is it at least `below`
         raise RunError(f"{verdict}; it did not get below {below:g}: look at the model, the loss and optimizer.lr")
     if run.here.first:
         print(f"{verdict}: it can learn (below {below:g})", file=sys.stderr, flush=True)
