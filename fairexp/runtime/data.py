@@ -76,7 +76,7 @@ def split(order: Tensor, begin: int, end: int, here: Place, micro_batch_size: in
 
 class TrainingOrder:
     """The parts of every step from `first_step` on: an epoch is a seeded permutation, cut into global batches. The last one of
-    an epoch may be smaller: every sample is seen once an epoch."""
+    an epoch may be smaller: every sample is seen once an epoch. `left_out`: the numbers of the batches that no step takes."""
 
     def __init__(self, length: int, global_batch_size: int, micro_batch_size: int, here: Place, seed: int):
         self.length = length
@@ -85,18 +85,37 @@ class TrainingOrder:
         self.here = here
         self.seed = seed
         self.steps_per_epoch = -(-length // global_batch_size)
+        self.left_out: list[int] = []
 
     def permutation(self, epoch: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed_of(self.seed, "order", epoch))
         return torch.randperm(self.length, generator=generator)
 
+    def batch_of(self, step: int) -> int:
+        """The number of the global batch that the step takes, both from 0: the step-th of those that aren't left out."""
+        number = step
+        for gone in sorted(self.left_out):
+            number += gone <= number
+        return number
+
+    def samples(self, batch: int) -> tuple[int, list[list[int]]]:
+        """The global batch's epoch, and its samples by rank."""
+        epoch, within = divmod(batch, self.steps_per_epoch)
+        samples = self.permutation(epoch)[within * self.global_batch_size :][: self.global_batch_size].tolist()
+        ranks, size = self.here.world_size, len(samples)
+        return epoch, [samples[size * rank // ranks : size * (rank + 1) // ranks] for rank in range(ranks)]
+
     def steps(self, first_step: int) -> Iterator[list[Part]]:
-        epoch, within = divmod(first_step, self.steps_per_epoch)
+        epoch, within = divmod(self.batch_of(first_step), self.steps_per_epoch)
         while True:
             order = self.permutation(epoch)
-            for start in range(within * self.global_batch_size, self.length, self.global_batch_size):
+            first = epoch * self.steps_per_epoch
+            left_out = {number - first for number in self.left_out}
+            for batch in range(within, self.steps_per_epoch):
+                start = batch * self.global_batch_size
                 end = min(start + self.global_batch_size, self.length)
-                yield split(order, start, end, self.here, self.micro_batch_size, epoch)
+                if batch not in left_out:
+                    yield split(order, start, end, self.here, self.micro_batch_size, epoch)
             epoch, within = epoch + 1, 0
 
 
@@ -188,25 +207,30 @@ class Batches:
     def __init__(self, fetcher: Fetcher, order: TrainingOrder, here: Place, num_workers: int, first_step: int):
         self.here = here
         self.order = order
+        self.fetcher = fetcher
+        self.num_workers = num_workers
         self.waited_s = 0.0
-        self._steps = order.steps(first_step)
-        if num_workers == 0:
-            self._batches: Iterator[Any] | None = None
-        else:
+        self._batches: Iterator[Any] | None = None
+        self.restart(first_step)
+
+    def restart(self, first_step: int) -> None:
+        """Goes on with this step, by the order as it is now."""
+        self.close()
+        self._steps = self.order.steps(first_step)
+        if self.num_workers:
             # the workers walk the same order, micro batch by micro batch; they hand tensors over, never objects
             self._batches = iter(
                 DataLoader(
-                    fetcher,  # type: ignore[arg-type]
+                    self.fetcher,  # type: ignore[arg-type]
                     batch_size=None,
-                    sampler=_Keys(lambda: (part for step in order.steps(first_step) for part in step)),  # type: ignore[arg-type]
-                    num_workers=num_workers,
+                    sampler=_Keys(lambda: (part for step in self.order.steps(first_step) for part in step)),  # type: ignore[arg-type]
+                    num_workers=self.num_workers,
                     collate_fn=_identity,
                     generator=torch.Generator(),  # the loader draws its base seed: not from the dropout masks' generator
                     worker_init_fn=partial(_begin_worker, os.getpid()),
-                    pin_memory=here.device.type == "cuda",
+                    pin_memory=self.here.device.type == "cuda",
                 )
             )
-        self.fetcher = fetcher
 
     def __iter__(self) -> Batches:
         return self
