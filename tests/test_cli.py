@@ -75,7 +75,7 @@ def loaded(environment: dict[str, str], folder: Path) -> Callable[..., tuple[str
 def test_help_is_one_screen_with_the_verbs_and_the_options_of_each_group(fairexp: Command) -> None:
     shown = fairexp("--help").stdout
     lines = shown.splitlines()
-    assert len(lines) < 45
+    assert len(lines) < 46
     assert max(map(len, lines)) < 100
     assert all(re.search(rf"^  fairexp {verb}\b", shown, re.MULTILINE) for verb in cli.VERBS)
     for group, options in groups().items():
@@ -317,6 +317,9 @@ def identity(*overrides: str) -> str:
         "trainer.num_workers=3",
         "trainer.device=cpu",
         "dataset.root=there",
+        "guard.spike=stop",
+        "guard.spike_window=7",
+        "guard.max_events=7",
     ],
 )
 def test_the_run_is_the_same_whatever_its(override: str) -> None:
@@ -334,6 +337,8 @@ def test_the_run_is_the_same_whatever_its(override: str) -> None:
         "trainer.global_batch_size=64",
         "trainer.precision=bf16",
         "dataset.train.mean=0.5",
+        "guard.nonfinite=skip",
+        "guard.spike=rollback",
     ],
 )
 def test_the_run_is_another_with(override: str) -> None:

@@ -85,6 +85,7 @@ def step(micro_batches: list[MicroBatch], clip: float | None = None) -> tuple[Te
         schedule=lambda step: 1.0,
         trainer=SimpleNamespace(grad_clip_norm=clip),
         ema=None,
+        guard=SimpleNamespace(reads=False, accepts=lambda loss, grad_norm: True),
         step=0,
     )
     loss, norm = train_step(run, micro_batches, wants_norm=True)

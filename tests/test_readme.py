@@ -58,7 +58,7 @@ def test_the_files_of_a_run_folder_are_those_that_readme_names(tmp_path: Path) -
     (drawing,) = re.findall(r"### The run folder\n\n(.*?)\n\n", README, re.DOTALL)
     lines = [line.strip() for line in drawing.splitlines()[1:] if not line.startswith(" " * 20)]
     named = {re.split(r"[\s/]", line)[0] for line in lines} | {"tensorboard"}
-    assert {path.name for path in run_dir.iterdir()} == named - {"wandb", "tensorboard"}
+    assert {path.name for path in run_dir.iterdir()} == named - {"wandb", "tensorboard", "events.jsonl"}
 
 
 @pytest.mark.parametrize("script", ["quickstart", "test", "venv", "slurm-cluster"])

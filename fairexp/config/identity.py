@@ -18,7 +18,9 @@ NOT_IDENTITY = {
     "trainer.num_workers",
     "trainer.log_every",
     "trainer.device",
+    "guard.max_events",
 }
+CHANGING = ("skip", "rollback")  # the policies of the guard that change a run's numbers
 NOT_IDENTITY_ANYWHERE = {"root", "expects"}  # a data folder's path and layout, in any section
 
 
@@ -27,14 +29,26 @@ def run_id(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()[:8]
 
 
-def identity(node: Any, prefix: str = "") -> Any:
+def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config without what doesn't belong to the experiment."""
+    return _without(NOT_IDENTITY | idle(config.get("guard")), config, "")
+
+
+def idle(guard: Any) -> set[str]:
+    """The guard's settings that change no number: a policy that stops the run leaves what it has computed as it is."""
+    changes = {key for key in ("nonfinite", "spike") if isinstance(guard, Mapping) and guard.get(key) in CHANGING}
+    unused = {"guard.nonfinite"} if "nonfinite" not in changes else set()
+    unused |= {"guard.spike", "guard.spike_factor", "guard.spike_window"} if "spike" not in changes else set()
+    return unused if changes else {"guard"}
+
+
+def _without(less: set[str], node: Any, prefix: str) -> Any:
     if isinstance(node, Mapping):
         return {
-            key: identity(value, f"{prefix}{key}.")
+            key: _without(less, value, f"{prefix}{key}.")
             for key, value in node.items()
-            if f"{prefix}{key}" not in NOT_IDENTITY and key not in NOT_IDENTITY_ANYWHERE
+            if f"{prefix}{key}" not in less and key not in NOT_IDENTITY_ANYWHERE
         }
     if isinstance(node, list):
-        return [identity(value, f"{prefix}{index}.") for index, value in enumerate(node)]
+        return [_without(less, value, f"{prefix}{index}.") for index, value in enumerate(node)]
     return node

@@ -66,6 +66,17 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
+class Guard:
+    """What follows from a number gone wrong; configs/guard/default.yaml explains each."""
+
+    nonfinite: Literal["stop", "skip", "rollback"]
+    spike: Literal["off", "stop", "skip", "rollback"]
+    spike_factor: Annotated[float, Bound(0, open=True)]
+    spike_window: Annotated[int, Bound(4)]
+    max_events: Positive
+
+
+@dataclass(frozen=True)
 class Launcher:
     """Which processes a run gets."""
 
@@ -125,7 +136,7 @@ class Scalars:
 
 
 Section = TypeVar("Section")
-SECTIONS: dict[str, type] = {"trainer": Trainer, "checkpoint": Checkpoint, "launcher": Launcher}
+SECTIONS: dict[str, type] = {"trainer": Trainer, "checkpoint": Checkpoint, "guard": Guard, "launcher": Launcher}
 
 
 def section_of(name: str, values: Mapping[str, Any]) -> type:

@@ -16,6 +16,7 @@ from fairexp.optim.param_groups import split_decay
 from fairexp.runtime import data, dist, init
 from fairexp.runtime.checkpoint import Saver
 from fairexp.runtime.ema import EMA
+from fairexp.runtime.guard import Guard
 from fairexp.runtime.make import locate, make
 from fairexp.runtime.precision import Precision, precision
 from fairexp.runtime.preempt import Stop
@@ -57,6 +58,7 @@ class Run:
     final: dict[str, float] = field(default_factory=dict)
     best: dict[str, float] = field(default_factory=dict)
     evaluated: int = -1  # the step of the last evaluation
+    guard: Guard = field(init=False)  # of bad numbers
 
 
 def build(run_dir: RunDir, config: Mapping[str, Any], here: dist.Place, stop: Stop) -> Run:
@@ -88,7 +90,7 @@ def build(run_dir: RunDir, config: Mapping[str, Any], here: dist.Place, stop: St
     training = data.TrainingOrder(lengths["train"], trainer.global_batch_size, micro_batch_size, here, seed)
     max_steps = trainer.max_steps or trainer.max_epochs * training.steps_per_epoch  # type: ignore[operator]
 
-    return Run(
+    run = Run(
         dir=run_dir,
         config=config,
         trainer=trainer,
@@ -111,6 +113,8 @@ def build(run_dir: RunDir, config: Mapping[str, Any], here: dist.Place, stop: St
         stop=stop,
         saver=Saver(here.device),
     )
+    run.guard = Guard(run, schema.read(schema.Guard, config["guard"]))
+    return run
 
 
 def _optimizer(node: Mapping[str, Any], module: nn.Module, trainer: schema.Trainer) -> torch.optim.Optimizer:

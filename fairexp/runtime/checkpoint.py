@@ -54,6 +54,7 @@ class Saver:
     def __init__(self, device: torch.device):
         self.staging = shards.Staging(device)
         self.step = 0  # of the newest state that is safe, or on its way
+        self.safe = 0  # the one before it, until it has arrived
         self.thread: threading.Thread | None = None
         self.error: str | None = None
 
@@ -72,7 +73,7 @@ class Saver:
         pieces = shards.mine(tensors, run.here)
         if run.checkpoint.background:
             pieces = self.staging.copy(pieces)
-        self.step = run.step
+        self.safe, self.step = self.step, run.step
         index = {
             name: {"dtype": shards.NAMES[t.dtype], "shape": list(t.shape), "pieces": []} for name, t in tensors.items()
         }
@@ -100,7 +101,7 @@ class Saver:
         self.error = None
         if run.checkpoint.on_error == "stop":
             raise RunError(text)
-        self.step = 0
+        self.step = self.safe
         if run.here.first:
             print(f"not saved, training goes on: {text}", file=sys.stderr, flush=True)
 
@@ -350,6 +351,7 @@ def _take(run: Run, folder: Path, body: dict[str, Any], scalars: dict[str, Any])
     _load_optimizer(run, optimizer_state, scalars["param_groups"])
     _set_random_state({key.rpartition(".")[2]: tensor for key, tensor in wanted.items() if key.startswith("rng.")})
     run.precision.load(scalars["precision"])
+    run.guard.load(scalars["guard"])
     run.step, run.final, run.best = scalars["step"], scalars["final"], scalars["best"]
     run.evaluated = scalars["evaluated"]
 
@@ -400,6 +402,7 @@ def _scalars(run: Run) -> dict[str, Any]:
     return {
         "step": run.step,
         "precision": run.precision.state(),
+        "guard": run.guard.state(),
         "param_groups": groups,
         "optimizer": optimizer,
         "final": run.final,

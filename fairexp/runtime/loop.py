@@ -26,6 +26,10 @@ def fit(run: Run) -> None:
         step = run.step + 1
         logs = due(run, step, run.trainer.log_every)
         loss, grad_norm = train_step(run, micro_batches, wants_norm=logs)
+        if run.guard.rolls_back():  # run.step is a checkpoint's, and the order of batches another from there on
+            batches.restart(run.step)
+            clock.restart()
+            continue
         run.step = step
         if logs:
             log(run, loss, grad_norm, clock)
@@ -34,6 +38,7 @@ def fit(run: Run) -> None:
             clock.restart()
         stopping = run.stop.agreed(step)
         if stopping or due(run, step, run.checkpoint.every):
+            run.guard.check_before_save()
             checkpoint.save(run)
             clock.restart()
         if stopping:
@@ -42,7 +47,8 @@ def fit(run: Run) -> None:
 
 
 def train_step(run: Run, micro_batches: list[MicroBatch], wants_norm: bool) -> tuple[Tensor, Tensor | None]:
-    """One optimizer step. This rank's part of the loss, and the gradient norm where it was needed; both stay on the device.
+    """One optimizer step, if run.guard finds nothing wrong with its numbers. This rank's part of the loss, and the gradient norm
+    where it was needed; both stay on the device.
 
     Each micro batch's mean loss counts by its share of the global batch, so unequal ones average as one big batch would.
     """
@@ -61,16 +67,19 @@ def train_step(run: Run, micro_batches: list[MicroBatch], wants_norm: bool) -> t
     run.precision.unscale(run.optimizer)
     if run.trainer.grad_clip_norm is not None:
         grad_norm = run.strategy.clip_grad_norm(run.parameters.values(), run.trainer.grad_clip_norm)
-    elif wants_norm:
+    elif wants_norm or run.guard.reads:
         grad_norm = run.strategy.grad_norm(run.parameters.values())
     factor = run.schedule(run.step)
     for group in run.optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
-    run.precision.step(run.optimizer)
+    if run.guard.accepts(total, grad_norm):
+        run.precision.step(run.optimizer)
+        if run.ema:
+            run.ema.update(run.step)
+    else:
+        run.precision.skip(run.optimizer)
     for parameter in run.parameters.values():
         parameter.grad = None  # what optimizer.zero_grad() does, in a tenth of its time
-    if run.ema:
-        run.ema.update(run.step)
     return total, grad_norm
 
 
@@ -115,6 +124,7 @@ def memory_gib(device: torch.device) -> float:
 def log(run: Run, loss: Tensor, grad_norm: Tensor | None, clock: Clock) -> None:
     """A record of the step just done. The only place where the host waits for the device's numbers."""
     assert grad_norm is not None
+    run.guard.check()
     # the ranks' shares are of the mean times the world size
     mean_loss = float(dist.sum_over_ranks(loss.clone())) / run.here.world_size
     record = {
@@ -177,6 +187,7 @@ def overfit_one_batch(run: Run, steps: int, below: float) -> None:
     """
     run.fetch_training.augment = None
     run.schedule = lambda step: 1.0
+    run.guard.on = False  # the verdict says it
     micro_batches = next(Batches(run.fetch_training, run.training, run.here, 0, 0))
     run.model.train()
     first = mean = float("nan")

@@ -25,6 +25,9 @@ class Precision(Protocol):
     def step(self, optimizer: Optimizer) -> None:
         """One optimizer step."""
 
+    def skip(self, optimizer: Optimizer) -> None:
+        """In place of a step that isn't to be applied."""
+
     def state(self) -> dict[str, float]:
         """What a checkpoint must hold."""
 
@@ -49,6 +52,9 @@ class Full:
 
     def step(self, optimizer: Optimizer) -> None:
         optimizer.step()
+
+    def skip(self, optimizer: Optimizer) -> None:
+        pass
 
     def state(self) -> dict[str, float]:
         return {}
@@ -87,6 +93,9 @@ class Float16:
     def step(self, optimizer: Optimizer) -> None:
         self.scaler.step(optimizer)
         self.scaler.update()
+
+    def skip(self, optimizer: Optimizer) -> None:
+        self.scaler.update()  # forgets that the gradients were unscaled: it would refuse to unscale the next step's
 
     def state(self) -> dict[str, float]:
         return {"scale": self.scaler.get_scale(), "growth_tracker": self.scaler._get_growth_tracker()}

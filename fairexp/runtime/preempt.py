@@ -36,6 +36,10 @@ class Stop:
         self.signal = number
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+    def goes_back(self) -> None:
+        """The steps count from an earlier one again; all ranks say so."""
+        self._look_at, self._looked = 0, None
+
     def agreed(self, step: int) -> bool:
         """Whether all ranks stop after this step; all call it after every step."""
         if step < self._look_at:

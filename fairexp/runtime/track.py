@@ -128,10 +128,11 @@ def _line(row: dict[str, Any]) -> str:
     try:
         return _encode(row) + "\n"
     except ValueError:  # NaN or an infinity: rare, so the good rows don't pay for the search
-        return _encode({metric: _json(float(value)) for metric, value in row.items()} | {"step": row["step"]}) + "\n"
+        return _encode({metric: number(float(value)) for metric, value in row.items()} | {"step": row["step"]}) + "\n"
 
 
-def _json(value: float) -> float | str:
+def number(value: float) -> float | str:
+    """As JSON can hold it."""
     if math.isfinite(value):
         return value
     return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"

@@ -12,6 +12,9 @@ class Nothing:
     def log(self, record: Mapping[str, float], step: int) -> None:
         pass
 
+    def drop_after(self, step: int) -> None:
+        pass
+
     def sync(self) -> None:
         pass
 
