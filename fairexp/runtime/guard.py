@@ -12,7 +12,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from math import inf, isfinite, nan
+from math import inf, isfinite
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -51,7 +51,7 @@ class Guard:
         self.on = True
         self.reads = settings.nonfinite != "stop" or settings.spike != "off"
         self.cpu = run.here.device.type == "cpu"
-        self.alone = run.here.world_size == 1
+        self.at_once = self.cpu and run.here.world_size == 1
         # in fp16 the scaled gradients overflow now and then, and the loss scaler skips the step itself
         self.overflows = run.trainer.precision == "fp16"
         self.unread: list[tuple[int, Tensor, Tensor | None]] = []  # step, this rank's loss, gradient norm
@@ -74,12 +74,12 @@ class Guard:
             return self._accepts_now(loss, grad_norm)
         if self.overflows:
             grad_norm = None
+        # on a CPU reading is no waiting: all ranks see a bad norm now; another rank's bad loss, when they meet
+        bad_norm = self.cpu and grad_norm is not None and not isfinite(grad_norm.item())
+        if self.at_once and not bad_norm and isfinite(loss.item()):
+            return True  # nothing to keep: 20 kept steps would cost a hundredth of a small step
         self.unread.append((self.run.step + 1, loss, grad_norm))
-        # on a CPU reading is no waiting. What is bad is settled where all ranks see it: the norm, or the loss of the only rank
-        bad = self.cpu and (
-            (grad_norm is not None and not isfinite(grad_norm.item())) or (self.alone and not isfinite(loss.item()))
-        )
-        if bad or len(self.unread) >= UNREAD_MOST:
+        if bad_norm or self.at_once or len(self.unread) >= UNREAD_MOST:
             self.check()
         return True
 
@@ -134,9 +134,10 @@ class Guard:
         self.check()
         # without grad_clip_norm a gradient is only seen where it is logged
         weights = [p.to_local() if isinstance(p, DTensor) else p.detach() for p in self.run.parameters.values()]
-        largest = _read(torch._foreach_norm([weight for weight in weights if weight.numel()], inf))
-        if self.on and any(self._of_each_rank(float(not all(map(isfinite, largest))))):
-            self._act(self.run.step, Bad("largest weight", nan, "stop"), [])
+        largest = sum(_read(torch._foreach_norm([weight for weight in weights if weight.numel()], inf)))
+        by_rank = self._of_each_rank(largest)
+        if self.on and not all(map(isfinite, by_rank)):
+            self._act(self.run.step, Bad("largest weight", sum(by_rank), "stop"), [])
 
     def _act(self, step: int, bad: Bad, losses: list[float]) -> None:
         """Writes the event down and does what the policy says, up to the return to a checkpoint: that is `rolls_back`."""

@@ -2,17 +2,23 @@
 
 import json
 import math
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from conftest import STRATEGIES, TINY, Fairexp, Trained
 
+from fairexp.config import schema
+from fairexp.errors import RunError
 from fairexp.runtime.data import Part, TrainingOrder
 from fairexp.runtime.dist import Place
-from fairexp.runtime.guard import spike_limit
+from fairexp.runtime.guard import Guard, spike_limit
+from fairexp.runtime.preempt import SIGNALS, Stop
 
 # Digits of which some are multiplied by NaN, or by a number that makes a spike of their batch. A rank that is asked for the
 # sample KILL_ON is killed, once.
@@ -283,6 +289,56 @@ def test_a_loss_that_is_not_a_number_has_not_overfitted_a_batch(train: Train) ->
     assert ended.code == 1
     assert "loss nan -> nan" in ended.said
     assert "did not get below" in ended.said
+
+
+# --- without a process
+
+
+@pytest.fixture
+def run_on_gpu(tmp_path: Path) -> Any:
+    """As much of a run on a GPU as the guard asks for; its numbers are this machine's."""
+    module = torch.nn.Linear(2, 2)
+    run = SimpleNamespace(here=Place(0, 1, 0, torch.device("cuda")), trainer=SimpleNamespace(precision="fp32"), step=0)
+    run.module, run.parameters = module, dict(module.named_parameters())
+    run.training, run.dir = order(1), SimpleNamespace(path=tmp_path)
+    run.guard = Guard(run, schema.Guard("stop", "off", 10.0, 100, 10))  # type: ignore[arg-type]
+    return run
+
+
+def test_what_was_not_read_at_once_names_the_first_bad_step_at_the_next_check(run_on_gpu: Any) -> None:
+    one, bad = torch.tensor(1.0), torch.tensor(math.nan)
+    for run_on_gpu.step in range(8):
+        assert run_on_gpu.guard.accepts(one if run_on_gpu.step < 6 else bad, bad if run_on_gpu.step == 4 else one)
+    with pytest.raises(
+        RunError, match=r"^step 5: the gradient norm is nan \(guard.nonfinite=stop\); the batch's samples"
+    ):
+        run_on_gpu.guard.check_before_save()
+    (event,) = map(json.loads, (run_on_gpu.dir.path / "events.jsonl").read_text().splitlines())
+    assert event["samples"] == order(1).samples(4)[1]
+
+
+def test_weights_that_are_not_finite_are_not_saved(run_on_gpu: Any) -> None:
+    run_on_gpu.step = 3
+    run_on_gpu.guard.check_before_save()
+    with torch.no_grad():
+        run_on_gpu.module.bias[1] = math.inf
+    with pytest.raises(RunError, match=r"^step 3: the largest weight is inf"):
+        run_on_gpu.guard.check_before_save()
+
+
+def test_a_signal_is_noticed_at_once_after_a_return_to_an_earlier_step() -> None:
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        stop = Stop()
+        for step in range(1000, 1010):  # of quick steps it wouldn't look at the next hundred
+            assert not stop.agreed(step)
+        stop.goes_back()
+        assert not stop.agreed(500)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.agreed(501)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # --- pure functions
