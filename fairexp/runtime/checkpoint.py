@@ -68,6 +68,7 @@ class Saver:
         if run.here.first:
             self.error = _prepare(draft, tensors, run.here.world_size)
         if dist.any_rank(self.error is not None):
+            self.safe = self.step
             self._refuse(run)
             return
         pieces = shards.mine(tensors, run.here)
