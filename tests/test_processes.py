@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from conftest import REPO
 
 from fairexp.launch.follow import Tail
 
@@ -35,7 +36,7 @@ class Command:
         self.folder = folder
         self.mark = uuid.uuid4().hex
         environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
-        environment |= {"FAIREXP_TEST_MARK": self.mark, "COLUMNS": "150", "TERM": "xterm"}
+        environment |= {"PYTHONPATH": str(REPO), "FAIREXP_TEST_MARK": self.mark, "COLUMNS": "150", "TERM": "xterm"}
         self.master, error = pty.openpty() if terminal else os.pipe()
         self.process = subprocess.Popen(
             [sys.executable, "-m", "fairexp", "train", *words],
@@ -94,8 +95,11 @@ class Command:
             return 0
         return json.loads(rows[-1])["step"] if rows else 0
 
+    def trained(self, steps: int) -> bool:
+        return (self.folder / "runs").exists() and self.steps() >= steps
+
     def trains(self) -> None:
-        self.until(lambda: (self.folder / "runs").exists() and self.steps() >= 20)
+        self.until(lambda: self.trained(20))
 
     def alive(self) -> dict[int, str]:
         """Its living processes: what they run by process id."""
@@ -109,6 +113,18 @@ class Command:
                 except (FileNotFoundError, ProcessLookupError, PermissionError):
                     continue
         return found
+
+    def close(self) -> None:
+        """Kills what is left of it."""
+        for pid in self.alive():
+            with contextlib.suppress(ProcessLookupError):  # it has just ended by itself
+                os.kill(pid, signal.SIGKILL)
+        self.process.kill()
+        self.process.wait()
+        self.reader.join(5)
+        os.close(self.master)
+        if self.process.stdout:
+            self.process.stdout.close()
 
     def ranks(self) -> list[int]:
         """The rank processes: children of the job's process."""
@@ -141,15 +157,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Command]]:
 
     yield start
     for command in commands:
-        for pid in command.alive():
-            with contextlib.suppress(ProcessLookupError):  # it has just ended by itself
-                os.kill(pid, signal.SIGKILL)
-        command.process.kill()
-        command.process.wait()
-        command.reader.join(5)
-        os.close(command.master)
-        if command.process.stdout:
-            command.process.stdout.close()
+        command.close()
 
 
 def test_ctrl_c_on_a_terminal_saves_and_exits_130(start: Callable[..., Command]) -> None:

@@ -108,10 +108,11 @@ def test_a_run_that_was_killed_after_its_last_step_still_sums_up(tiny: Tiny, fai
 def test_a_resumed_run_notices_a_signal_at_its_next_step() -> None:
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        stop = Stop()
+        stop = Stop().listen()
         assert not stop.agreed(100_000)
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.agreed(100_001), "it took the 100,000 steps before its start for quick ones"
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(-1)

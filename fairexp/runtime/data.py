@@ -195,6 +195,7 @@ def _begin_worker(parent: int, worker: int) -> None:
     # Slurm signals each process of a job, and a terminal each of its group: the ranks still need their data to save
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 def _identity(batch: Any) -> Any:
@@ -219,18 +220,20 @@ class Batches:
         self._steps = self.order.steps(first_step)
         if self.num_workers:
             # the workers walk the same order, micro batch by micro batch; they hand tensors over, never objects
-            self._batches = iter(
-                DataLoader(
-                    self.fetcher,  # type: ignore[arg-type]
-                    batch_size=None,
-                    sampler=_Keys(lambda: (part for step in self.order.steps(first_step) for part in step)),  # type: ignore[arg-type]
-                    num_workers=self.num_workers,
-                    collate_fn=_identity,
-                    generator=torch.Generator(),  # the loader draws its base seed: not from the dropout masks' generator
-                    worker_init_fn=partial(_begin_worker, os.getpid()),
-                    pin_memory=self.here.device.type == "cuda",
-                )
+            loader: DataLoader[Any] = DataLoader(
+                self.fetcher,  # type: ignore[arg-type]
+                batch_size=None,
+                sampler=_Keys(lambda: (part for step in self.order.steps(first_step) for part in step)),  # type: ignore[arg-type]
+                num_workers=self.num_workers,
+                collate_fn=_identity,
+                generator=torch.Generator(),  # the loader draws its base seed: not from the dropout masks' generator
+                worker_init_fn=partial(_begin_worker, os.getpid()),
+                pin_memory=self.here.device.type == "cuda",
             )
+            # until a worker ignores them: a signal would end it, or be handled by a copy of this process's handler
+            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+            self._batches = iter(loader)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
     def __iter__(self) -> Batches:
         return self

@@ -28,7 +28,7 @@ from fairexp.runtime.preempt import Stop
 
 def main(run_dir: RunDir) -> int:
     """Runs this rank to its end. The exit code; where it isn't 0, `logs/error_<rank>.json` says why."""
-    stop = Stop()  # first: a Ctrl-C while the model is built ends the run as one during training
+    stop = Stop().listen()  # first: a Ctrl-C while the model is built ends the run as one during training
     began = time.monotonic()
     here, run = None, None
     heartbeat = Heartbeat()
