@@ -19,6 +19,7 @@ NOT_IDENTITY = {
     "trainer.log_every",
     "trainer.device",
     "guard.max_events",
+    "trainer.hang_timeout_s",
 }
 CHANGING = ("skip", "rollback")  # the policies of the guard that change a run's numbers
 NOT_IDENTITY_ANYWHERE = {"root", "expects"}  # a data folder's path and layout, in any section

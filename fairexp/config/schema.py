@@ -49,6 +49,7 @@ class Trainer:
     deterministic: bool
     num_workers: Annotated[int, Bound(0)]
     device: Literal["auto", "cpu", "cuda"]
+    hang_timeout_s: Annotated[float, Bound(0, open=True)] | None
 
 
 @dataclass(frozen=True)

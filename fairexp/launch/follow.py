@@ -24,7 +24,7 @@ ENDED = {"finished": DONE, "failed": FAILED, "interrupted": INTERRUPTED, "cancel
 
 
 def follow(run_dir: RunDir, attempt: int) -> int:
-    """Shows that attempt's progress until it ends; the run's exit code. Ctrl-C is passed on, a second one kills."""
+    """Shows the progress from that attempt on until the run ends; its exit code. Ctrl-C is passed on, a second one kills."""
     interrupts: list[int] = []
     before = {
         number: signal.signal(number, lambda number, frame: interrupts.append(number))
@@ -40,6 +40,9 @@ def follow(run_dir: RunDir, attempt: int) -> int:
                 status = run_dir.status()  # before the rows: those of the last step are there when it says finished
                 for line in output.lines():
                     shown.text(line)
+                if status["attempts"] > attempt:  # the last one hung
+                    attempt = status["attempts"]
+                    output = Tail(run_dir.logs / f"rank_0.attempt_{attempt}.log", from_start=True)
                 for line in rows.lines():
                     shown.row(json.loads(line), status.get("max_steps"))
                 if told < len(interrupts) and status["attempts"] == attempt:  # the job has started: it can be told

@@ -21,11 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fairexp.beacon import beacons
 from fairexp.config.attempt import take
 from fairexp.config.manifest import committed
 from fairexp.config.rundir import RunDir
 from fairexp.errors import DONE, FAILED, INTERRUPTED, PREEMPTED, RunError
-from fairexp.launch import slurm
+from fairexp.launch import hang, slurm, stacks
 from fairexp.launch.node import Node, environment_of, meet, on_slurm
 from fairexp.launch.supervise import SIGNALS, supervise
 from fairexp.lifetime import die_with
@@ -42,7 +43,10 @@ class Job:
     def __call__(self) -> int:
         die_with(os.getppid())  # submitit's controller; and the ranks die with this process
         os.setsid()  # away from the terminal: its ^C would reach each rank beside the one that is passed on
-        return attempt(RunDir(Path(self.run_dir)), Node("local", job_id=str(os.getppid())))
+        code = PREEMPTED
+        while code == PREEMPTED:  # it hung
+            code = attempt(RunDir(Path(self.run_dir)), Node("local", job_id=str(os.getppid())))
+        return code
 
 
 def main(submission_file: str) -> int:
@@ -113,14 +117,24 @@ def attempt(run_dir: RunDir, node: Node) -> int:
             }
         )
 
+    signs = beacons(per_node)
+    assert number is not None
+    watch = hang.Watch(run_dir, node, number, signs, run_dir.config()["trainer"]["hang_timeout_s"])
+
+    def rank(k: int) -> int:
+        stacks.offer(watch.stacks_of(k))
+        return worker.main(run_dir, signs[k])
+
     codes = supervise(
         per_node,
         environment,
         lambda k: run_dir.logs / f"rank_{node.index * per_node + k}.attempt_{number}.log",
-        lambda: worker.main(run_dir),
+        rank,
         launch["owner"],
         told=(lambda: keep_place(run_dir, node)) if node.kind == "slurm" and node.first else None,
+        hangs=watch.hangs,
     )
+    watch.close()
     codes = {node.index * per_node + k: code for k, code in codes.items()}
     if listener:
         listener.close()
@@ -261,10 +275,10 @@ def conclude(run_dir: RunDir, codes: dict[int, int], node: Node, number: int | N
     if all(code in (DONE, INTERRUPTED) for code in codes.values()):
         return stopped(run_dir, node) if node.first else DONE  # all nodes' ranks stopped at one step
     if node.kind != "slurm":
-        return failed(run_dir, codes, node)
+        return failed(run_dir, codes, node, number)
     if not _first_to_say(run_dir, node, codes):
         return DONE  # at another code srun would end the node that is about to say it, within KillWait
-    return failed(run_dir, codes, node)
+    return failed(run_dir, codes, node, number)
 
 
 def stopped(run_dir: RunDir, node: Node) -> int:
@@ -289,15 +303,21 @@ def stopped(run_dir: RunDir, node: Node) -> int:
     return INTERRUPTED
 
 
-def failed(run_dir: RunDir, codes: dict[int, int], node: Node) -> int:
+def failed(run_dir: RunDir, codes: dict[int, int], node: Node, number: int | None) -> int:
     """An exception of the run's code ends the run. A rank that was killed, or lost sight of the others, is the machine's
-    fault: the run starts again, as long as it gets on."""
-    cause = root_cause(run_dir, codes, node)
+    fault: the run starts again, as long as it gets on; so does one that hung, also at a terminal."""
     error = first_error(run_dir)
-    if error or not node.kind.startswith(("slurm", "pool")):
+    hung = None if error else hang.verdict(run_dir, number)
+    cause = hung.line if hung else root_cause(run_dir, codes, node)
+    if error or not (hung or node.kind.startswith(("slurm", "pool"))):
         run_dir.set_status(state="failed", error=cause)
         return FAILED
+    if hung:
+        run_dir.set_status(hang=cause)  # stays, while the next attempt clears the error
     status = run_dir.status()
+    if node.kind == "local" and status.get("cancel"):
+        run_dir.set_status(state="cancelled", error=cause)
+        return INTERRUPTED
     hosts: list[str] = []
     if node.kind == "slurm":
         now = slurm.standing(node)
@@ -310,7 +330,7 @@ def failed(run_dir: RunDir, codes: dict[int, int], node: Node) -> int:
             run_dir.set_status(state="preempted", error=cause, **counts)
             return PREEMPTED
         if not hosts and first_cause(codes)[1] < 0:
-            hosts = [node.host]
+            hosts = [hung.host if hung else node.host]
     return back_into_the_queue(run_dir, node, status, {"error": cause} | after_failure(run_dir, status, hosts))
 
 

@@ -1,6 +1,6 @@
 """Starts the ranks of one node and ends them together.
 
-Its own 100 lines and not torch's elastic agent: the agent's store listens on the network, it doesn't notice the death of
+Its own 120 lines and not torch's elastic agent: the agent's store listens on the network, it doesn't notice the death of
 whoever submitted the job, and it would be imported (0.6 s) by every run to restart nothing. One task a node and not one a rank:
 torch is imported once and the ranks are forked from it (10 ms against 1.3 s each), before anything has started a thread.
 """
@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
 
@@ -28,16 +28,19 @@ def supervise(
     num_processes: int,
     environment: Callable[[int], dict[str, str]],
     log: Callable[[int], Path],
-    rank: Callable[[], int],
+    rank: Callable[[int], int],
     owner: int | None,
     told: Callable[[], None] | None = None,
+    hangs: Callable[[Mapping[int, int], bool], bool] = lambda pids, told: False,
 ) -> dict[int, int]:
-    """Runs `rank()` in `num_processes` forked processes; their exit codes by local rank in the order of their ends, negative
+    """Runs `rank(k)` in `num_processes` forked processes; their exit codes by local rank in the order of their ends, negative
     for a signal.
 
     `environment(k)`: variables of the k-th process; `log(k)`: the file that takes its output. When one ends with another code
     than 0, the others are ended too: SIGTERM, and SIGKILL after two seconds. SIGNALS to this process are passed on.
     When `owner` (a process id) dies, everything dies. `told()` is called after such a signal has been passed on.
+    `hangs` is asked twice a second, with the living ranks' process ids and whether SIGTERM has come; where it says so, all are
+    killed. Of ranks that hung when they were told to stop the code is INTERRUPTED.
     """
     signal.pthread_sigmask(
         signal.SIG_BLOCK, SIGNALS
@@ -48,6 +51,8 @@ def supervise(
     codes: dict[int, int] = {}
     kill_at = float("inf")
     came: list[int] = []
+    passed_on = 0
+    hung = False
 
     def send(number: int) -> None:
         for descriptor in alive:
@@ -63,8 +68,8 @@ def supervise(
     while alive:
         watched = [*alive, owner_fd] if owner_fd is not None else [*alive]
         ready, _, _ = select.select(watched, [], [], 0.5)  # a signal doesn't end it
-        if came and told:
-            came.clear()
+        if len(came) > passed_on and told:
+            passed_on = len(came)
             told()
         if owner_fd in ready:
             owner_fd = None
@@ -73,16 +78,20 @@ def supervise(
             pid = alive.pop(descriptor)
             os.close(descriptor)
             _, status = os.waitpid(pid, 0)
-            code = codes[processes[pid]] = os.waitstatus_to_exitcode(status)
+            code = codes[processes[pid]] = INTERRUPTED if hung and came else os.waitstatus_to_exitcode(status)
             if code not in (DONE, INTERRUPTED) and kill_at == float("inf"):
                 kill_at = time.monotonic() + GRACE_S
                 send(signal.SIGTERM)
+        pids = {processes[pid]: pid for pid in alive.values()}
+        if pids and kill_at == float("inf") and hangs(pids, signal.SIGTERM in came):
+            hung, kill_at = True, 0.0
         if time.monotonic() > kill_at:
             send(signal.SIGKILL)
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # one that comes now is for the next attempt's ranks
     return codes
 
 
-def _fork(k: int, environment: dict[str, str], log: Path, rank: Callable[[], int]) -> int:
+def _fork(k: int, environment: dict[str, str], log: Path, rank: Callable[[int], int]) -> int:
     parent = os.getpid()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -94,8 +103,9 @@ def _fork(k: int, environment: dict[str, str], log: Path, rank: Callable[[], int
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         os.dup2(output, 1)
         os.dup2(output, 2)
+        signal.signal(signal.SIGCONT, signal.SIG_DFL)  # submitit's handler says a line to it
         os.environ.update(environment)
-        code = rank()
+        code = rank(k)
     except BaseException:
         traceback.print_exc()
     finally:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fairexp.beacon import Beacon
 from fairexp.config import schema
 from fairexp.config.rundir import RunDir
 from fairexp.errors import RunError
@@ -54,6 +55,7 @@ class Run:
     stop: Stop
     saver: Saver
     tracker: Metrics | Nothing = field(default_factory=Nothing)
+    beacon: Beacon = field(default_factory=Beacon)  # who watches the ranks sees where each is
     step: int = 0  # optimizer steps done
     final: dict[str, float] = field(default_factory=dict)
     best: dict[str, float] = field(default_factory=dict)

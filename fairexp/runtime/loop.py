@@ -22,8 +22,10 @@ def fit(run: Run) -> None:
     clock = Clock(run, batches)
     run.model.train()
     while run.step < run.max_steps:
-        micro_batches = next(batches)
         step = run.step + 1
+        run.beacon.at("data", step)
+        micro_batches = next(batches)
+        run.beacon.at("step", step)
         logs = due(run, step, run.trainer.log_every)
         loss, grad_norm = train_step(run, micro_batches, wants_norm=logs)
         if run.guard.rolls_back():  # run.step is a checkpoint's, and the order of batches another from there on
@@ -32,12 +34,15 @@ def fit(run: Run) -> None:
             continue
         run.step = step
         if logs:
+            run.beacon.at("log", step)
             log(run, loss, grad_norm, clock)
         if due(run, step, run.trainer.eval_every):
             evaluate_and_log(run)
             clock.restart()
+        run.beacon.at("agree", step)
         stopping = run.stop.agreed(step)
         if stopping or due(run, step, run.checkpoint.every):
+            run.beacon.at("save", step)
             run.guard.check_before_save()
             checkpoint.save(run)
             clock.restart()
@@ -168,6 +173,7 @@ def evaluate(run: Run) -> dict[str, float]:
 def _sum_over_evaluation_set(run: Run) -> dict[str, Tensor]:
     sums: dict[str, Tensor] = {}
     for part in run.evaluation:
+        run.beacon.at("evaluate", run.step)
         batch = to_device(run.fetch_evaluation[part], run.here.device)
         with run.precision.autocast():
             loss, metrics = run.task(run.model, batch)
@@ -192,6 +198,7 @@ def overfit_one_batch(run: Run, steps: int, below: float) -> None:
     run.model.train()
     first = mean = float("nan")
     while run.step < steps and not run.stop.agreed(run.step):
+        run.beacon.at("step", run.step + 1)
         loss, grad_norm = train_step(run, micro_batches, wants_norm=True)
         run.step += 1
         mean = float(dist.sum_over_ranks(loss.clone())) / run.here.world_size

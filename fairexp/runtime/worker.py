@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from fairexp.beacon import Beacon
 from fairexp.config import attempt
 from fairexp.config.rundir import RunDir
 from fairexp.errors import DISK, DONE, FAILED, INTERRUPTED, Fenced, RunError, UserError
@@ -26,8 +27,9 @@ from fairexp.runtime.make import make, trust
 from fairexp.runtime.preempt import Stop
 
 
-def main(run_dir: RunDir) -> int:
-    """Runs this rank to its end. The exit code; where it isn't 0, `logs/error_<rank>.json` says why."""
+def main(run_dir: RunDir, beacon: Beacon | None = None) -> int:
+    """Runs this rank to its end. The exit code; where it isn't 0, `logs/error_<rank>.json` says why. `beacon`: who watches."""
+    beacon = beacon or Beacon()
     stop = Stop().listen()  # first: a Ctrl-C while the model is built ends the run as one during training
     began = time.monotonic()
     here, run = None, None
@@ -48,6 +50,7 @@ def main(run_dir: RunDir) -> int:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
         run = building.build(run_dir, config, here, stop)
+        run.beacon = beacon
         number = int(dist.max_over_ranks(torch.tensor(number)))
         run.dir = RunDir(run_dir.path, attempt.workspace(run_dir.path, number))
         checkpoint.restore(run)
@@ -58,7 +61,9 @@ def main(run_dir: RunDir) -> int:
         heartbeat.start(run)
         gc.freeze()  # what start-up made stays: the collector needn't look at it again
         gc.enable()
+        beacon.at("loop", run.step)
         make(config["loop"], run=run)
+        beacon.at("save", run.step)
         run.saver.finish(run)
         code = (
             INTERRUPTED if stop.stopped and run.step < run.max_steps else DONE
@@ -73,6 +78,7 @@ def main(run_dir: RunDir) -> int:
             run.saver.join()
     heartbeat.stop()  # two writers of status.json would lose each other's changes
     if run is not None:
+        beacon.at("end", run.step)
         end(run, code, time.monotonic() - began)
     if here is not None:
         dist.leave(here)
