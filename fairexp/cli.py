@@ -28,6 +28,7 @@ fairexp: config-driven experiments for PyTorch
   fairexp verify-resume [overrides]  prove for your model and data that a killed run goes on bit for bit
   fairexp config [overrides]     print the resolved config, and where each value comes from
   fairexp doctor [overrides]     what a run here, or on launcher=slurm, would trip over
+  fairexp doctor RUN             why it died or hangs
 
   RUN is a folder, a name, an id, the beginning of one, or a job; RUNS also a sweep.
   overrides are Hydra's grammar; --cfg job, --info, --hydra-help are answered by Hydra (train)
@@ -329,8 +330,14 @@ def compare_runs(arguments: Sequence[str]) -> int:
 
 
 def examine(arguments: Sequence[str]) -> int:
-    """Looks for what a run would trip over."""
-    flags, overrides = take_flags(arguments, ("--config-dir", "--config-name"), ("--json",))
+    """Looks for what a run would trip over, or for why one died or hangs."""
+    flags, overrides = take_flags(arguments, ("--config-dir", "--config-name", "--runs-dir"), ("--json",))
+    if named := [word for word in overrides if "=" not in word and not word.startswith("~")]:
+        if len(overrides) > 1:
+            raise UserError(f"doctor: takes one run or overrides, got {' '.join(overrides)}")
+        from fairexp.runs import autopsy, find
+
+        return autopsy.doctor(find.find(named[0], Path(flags.get("--runs-dir", ["runs"])[-1])), "--json" in flags)
     from fairexp.config.compose import compose
     from fairexp.config.validate import sections
     from fairexp.launch.doctor import doctor

@@ -135,7 +135,7 @@ class Heartbeat:
     def _beat(self, run: building.Run) -> None:
         while not self.over.wait(2.0):
             try:
-                run.dir.set_status(step=run.step)
+                run.dir.set_status(step=run.step, phase=run.beacon.last().phase)
             except Fenced as error:
                 print(error, file=sys.stderr, flush=True)
                 leave(FAILED)

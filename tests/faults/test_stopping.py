@@ -3,7 +3,10 @@
 import os
 import random
 import signal
+import time
 from collections.abc import Iterator
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,8 @@ import torch
 from stopping import stop_once
 from test_processes import FOREVER, Command
 
+from fairexp.config.rundir import RunDir
+from fairexp.runs import autopsy
 from fairexp.runtime import dist
 from fairexp.runtime.preempt import Stop
 
@@ -40,6 +45,9 @@ def test_a_signal_is_noticed_while_the_rank_sits_in_a_collective(tmp_path: Path)
         command.until(lambda: waits(first))
         os.kill(first, signal.SIGTERM)
         command.until(lambda: "SIGTERM at " in (command.run_dir / "logs" / "rank_0.attempt_1.log").read_text(), 10)
+        code, said = doctor(command.run_dir)
+        assert code == 1
+        assert f"process {second} of a rank is stopped" in said
         os.kill(second, signal.SIGCONT)
         assert command.wait() == 130, command.seen
         assert len(list((command.run_dir / "checkpoints").glob("step_*"))) == 1
@@ -47,9 +55,16 @@ def test_a_signal_is_noticed_while_the_rank_sits_in_a_collective(tmp_path: Path)
         command.close()
 
 
+def doctor(run: Path) -> tuple[int, str]:
+    """What `fairexp doctor RUN` says, and its exit code."""
+    output = StringIO()
+    with redirect_stdout(output):
+        code = autopsy.doctor(RunDir(run), as_json=False)
+    return code, output.getvalue()
+
+
 def waits(pid: int) -> bool:
     """Whether the process has used no time for a while."""
-    import time
 
     def used() -> list[str]:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
