@@ -31,6 +31,7 @@ from fairexp.launch.node import Node, environment_of, meet, on_slurm
 from fairexp.launch.supervise import SIGNALS, supervise
 from fairexp.lifetime import die_with
 
+SPARE_S = 20.0  # for a step, and to leave, besides twice the slowest save so far
 MEETS_IN_TIME_S = 5.0  # another node's ranks write down why they ended; ours may notice first that they have gone
 
 
@@ -133,6 +134,7 @@ def attempt(run_dir: RunDir, node: Node) -> int:
         launch["owner"],
         told=(lambda: keep_place(run_dir, node)) if node.kind == "slurm" and node.first else None,
         hangs=watch.hangs,
+        ends=EndsInTime(run_dir, slurm.ends_at(node)) if node.kind == "slurm" and node.first else None,
     )
     watch.close()
     codes = {node.index * per_node + k: code for k, code in codes.items()}
@@ -251,6 +253,23 @@ def variables(launch: dict[str, Any], nodes: int = 1) -> dict[str, str]:
         # one machine: the ranks talk over the loopback interface, so nothing of a run can be reached from outside
         fixed["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", "lo")
     return fixed
+
+
+class EndsInTime:
+    """Whether a stop has to begin now, so that the save is over when the job's time is: where saves are slow, before the signal
+    that comes launcher.signal_lead_s ahead."""
+
+    def __init__(self, run_dir: RunDir, ends_at: float):
+        self.run_dir = run_dir
+        self.ends_at = ends_at
+        self.look_at = 0.0
+
+    def __call__(self) -> bool:
+        now = time.time()
+        if now < self.look_at:
+            return False
+        self.look_at = now + 5.0
+        return now + 2 * self.run_dir.status().get("save_s", 0.0) + SPARE_S > self.ends_at
 
 
 # --- after ---

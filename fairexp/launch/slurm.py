@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shlex
@@ -191,6 +192,12 @@ def standing(node: Node) -> Standing:
     if preempted or state == "TIMEOUT" or facts.get("Reason") == "TimeLimit":
         return Standing(ending=True, over=state != "RUNNING")
     return Standing(cancelled=state != "RUNNING")
+
+
+def ends_at(node: Node) -> float:
+    """When the job's time is over, as time.time(); infinity where that can't be told."""
+    when = _facts(node).get("EndTime", "")
+    return time.mktime(time.strptime(when, "%Y-%m-%dT%H:%M:%S")) if when[:1].isdigit() else math.inf
 
 
 def _facts(node: Node) -> dict[str, str]:

@@ -32,6 +32,7 @@ def supervise(
     owner: int | None,
     told: Callable[[], None] | None = None,
     hangs: Callable[[Mapping[int, int], bool], bool] = lambda pids, told: False,
+    ends: Callable[[], bool] | None = None,
 ) -> dict[int, int]:
     """Runs `rank(k)` in `num_processes` forked processes; their exit codes by local rank in the order of their ends, negative
     for a signal.
@@ -40,7 +41,8 @@ def supervise(
     than 0, the others are ended too: SIGTERM, and SIGKILL after two seconds. SIGNALS to this process are passed on.
     When `owner` (a process id) dies, everything dies. `told()` is called after such a signal has been passed on.
     `hangs` is asked twice a second, with the living ranks' process ids and whether SIGTERM has come; where it says so, all are
-    killed. Of ranks that hung when they were told to stop the code is INTERRUPTED.
+    killed. Of ranks that hung when they were told to stop the code is INTERRUPTED. Where `ends()` says so, they get SIGUSR2, as
+    ahead of a time limit.
     """
     signal.pthread_sigmask(
         signal.SIG_BLOCK, SIGNALS
@@ -68,6 +70,8 @@ def supervise(
     while alive:
         watched = [*alive, owner_fd] if owner_fd is not None else [*alive]
         ready, _, _ = select.select(watched, [], [], 0.5)  # a signal doesn't end it
+        if ends and not came and ends():
+            pass_on(signal.SIGUSR2, None)
         if len(came) > passed_on and told:
             passed_on = len(came)
             told()

@@ -14,7 +14,10 @@ import torch
 from stopping import stop_once
 from test_processes import FOREVER, Command
 
-from fairexp.config.rundir import RunDir
+from fairexp.config.rundir import RunDir, create
+from fairexp.errors import INTERRUPTED
+from fairexp.launch.job import EndsInTime
+from fairexp.launch.supervise import SIGNALS, supervise
 from fairexp.runs import autopsy
 from fairexp.runtime import dist
 from fairexp.runtime.preempt import Stop
@@ -96,3 +99,24 @@ def test_a_signal_that_comes_while_the_ranks_compare_is_not_forgotten(
     monkeypatch.undo()
     assert stop.agreed(2)
     assert stop.signal == signal.SIGTERM
+
+
+def test_where_saves_are_slow_the_stop_begins_before_the_schedulers_signal(tmp_path: Path) -> None:
+    run = create(tmp_path / "mine-1234abcd", {}, "", {}, {})
+    in_time = EndsInTime(run, ends_at=time.time() + 150)  # Slurm's signal comes 120 s ahead
+    assert not in_time()
+    run.set_status(save_s=70.0)
+    assert not in_time(), "it looks now and then"
+    in_time.look_at = 0.0
+    assert in_time()
+
+
+def test_the_ranks_are_told_when_the_stop_has_to_begin(tmp_path: Path) -> None:
+    def rank(k: int) -> int:
+        return INTERRUPTED if signal.sigwait([signal.SIGUSR2]) else 1
+
+    codes = supervise(2, lambda k: {}, lambda k: tmp_path / f"{k}.log", rank, None, ends=lambda: True)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_DFL if number != signal.SIGINT else signal.default_int_handler)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    assert codes == {0: INTERRUPTED, 1: INTERRUPTED}

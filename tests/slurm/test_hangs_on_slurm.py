@@ -1,4 +1,4 @@
-"""A run on several nodes that hangs: its nodes agree on it, name the rank, and Slurm starts the run again; a suspended job is left
+"""A run on several nodes that hangs: its nodes agree on it, name the rank, and the run starts again; a suspended job is left
 alone."""
 
 import json
