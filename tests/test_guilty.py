@@ -69,7 +69,7 @@ Thread 0x00007f (most recent call first):
   File "/usr/lib/python3.11/threading.py", line 1002 in _bootstrap
 
 Current thread 0x00007f (most recent call first):
-  File "/a folder/mine.py", line 7 in forward
+  File "/a folder/\\xe9t\\xe9.py", line 7 in forward
   File "/fairexp/runtime/loop.py", line 30 in fit
 """
-    assert main_thread(text) == [Frame("/a folder/mine.py", 7, "forward"), FIT]
+    assert main_thread(text) == [Frame("/a folder/été.py", 7, "forward"), FIT]

@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -59,7 +61,11 @@ class Watch:
             return False
         if over <= 1:
             return False
-        facts = self._of_all_nodes(self._facts(pids))
+        mine = self._facts(pids)
+        for pid in pids.values():  # they are judged: none gets on now, while the other nodes answer
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGSTOP)
+        facts = self._of_all_nodes(mine)
         record(self.run_dir, self.attempt, judge(facts), facts)
         return True
 

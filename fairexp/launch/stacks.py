@@ -61,7 +61,14 @@ def main_thread(text: str) -> list[Frame]:
     """The frames of the thread that was interrupted, in faulthandler's words."""
     _, _, thread = text.partition("Current thread 0x")
     found = re.findall(r'^  File "(.*)", line (\d+) in (.*)$', thread.partition("\n\n")[0], flags=re.MULTILINE)
-    return [Frame(file, int(line), function) for file, line, function in found]
+    return [Frame(_unescaped(file), int(line), function) for file, line, function in found]
+
+
+def _unescaped(text: str) -> str:
+    """faulthandler writes ASCII: é is \\xe9."""
+    return re.sub(
+        r"\\(?:x(..)|u(....)|U(........))", lambda found: chr(int(found[1] or found[2] or found[3], 16)), text
+    )
 
 
 def _catches(pid: int) -> bool:
