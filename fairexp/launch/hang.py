@@ -122,7 +122,7 @@ class Watch:
                     marks=marks[k].count,
                     since=time.time() - (time.monotonic() - marks[k].time),
                     state=state,
-                    busy=_process(pid)[1] - cpu_s > lasted / 2,
+                    busy=state == "R" or _process(pid)[1] - cpu_s > lasted / 2,
                     stack=_ours(stack),
                     workers=[worker for worker in seen if not _idle(worker)],
                 )

@@ -89,7 +89,7 @@ def live_through(command: Command) -> None:
     and ends."""
     command.until(lambda: command.process.poll() is not None or command.trained(600))
     assert command.process.poll() is None, command.seen
-    suspend(command, LIMIT_S + 1)
+    suspend(command, LIMIT_S + 0.5)
     seen = command.steps()
     command.until(lambda: command.steps() > seen or command.process.poll() is not None)
     command.process.send_signal(signal.SIGTERM)
