@@ -29,7 +29,7 @@ PATIENCE = 10.0  # how much longer may take what is slow by nature: the start, a
 LATE_S = 1.5  # a look that comes so much too late: we were suspended, and the ranks with us
 LOOKS_S = 2.0  # the most that a look and the taking of the stacks need: the limit holds for them too
 LEAVES_S = 25.0  # Slurm kills 30 s after its SIGTERM (KillWait): before, the run can say what it hung on
-NODES_ANSWER_S = 10.0
+NODES_ANSWER_S = 30.0  # a network file system shows a new file late
 MOST_WORKERS = 8
 
 
@@ -41,7 +41,8 @@ class Watch:
         self.node = node
         self.attempt = attempt
         self.beacons = beacons
-        self.limit_s = math.inf if limit_s is None else limit_s - min(LOOKS_S, limit_s / 2)
+        looks_s = LOOKS_S if len(node.hosts) == 1 else 2 * LOOKS_S
+        self.limit_s = math.inf if limit_s is None else limit_s - min(looks_s, limit_s / 2)
         self.looked = self.since = time.monotonic()
 
     def stacks_of(self, k: int) -> Path:
@@ -92,6 +93,8 @@ class Watch:
         began = time.monotonic()
         marks = {k: self.beacons[k].last() for k in pids}
         before = {k: _process(pid) for k, pid in pids.items()}
+        if len(self.node.hosts) > 1 and any(state in "Tt" for state, _ in before.values()):
+            time.sleep(LOOKS_S)  # the other nodes look first: when a stopped rank runs again, theirs get on
         workers = {k: _workers(pid)[:MOST_WORKERS] if marks[k].phase == "data" else [] for k, pid in pids.items()}
         taken = stacks.take(
             [
