@@ -28,7 +28,7 @@ from fairexp.launch.stacks import Frame
 PATIENCE = 10.0  # how much longer may take what is slow by nature: the start, a first step (compilation), a save
 LATE_S = 1.5  # a look that comes so much too late: we were suspended, and the ranks with us
 LOOKS_S = 2.0  # the most that a look and the taking of the stacks need: the limit holds for them too
-LEAVES_S = 25.0  # Slurm kills 30 s after its SIGTERM (KillWait): before, the run can say what it hung on
+LEAVES_S = 25.0  # Slurm kills 30 s after the end of a job's time (KillWait): before, it can say what it hung on
 NODES_ANSWER_S = 30.0  # a network file system shows a new file late
 MOST_WORKERS = 8
 
@@ -44,23 +44,22 @@ class Watch:
         looks_s = LOOKS_S if len(node.hosts) == 1 else 2 * LOOKS_S
         self.limit_s = math.inf if limit_s is None else limit_s - min(looks_s, limit_s / 2)
         self.looked = self.since = time.monotonic()
+        self.said = False  # that this node's ranks stand still
 
     def stacks_of(self, k: int) -> Path:
         """The file that takes the stacks of the k-th rank here."""
         return self.run_dir.logs / f"stacks_rank_{self._rank(k)}.attempt_{self.attempt}.txt"
 
-    def hangs(self, pids: Mapping[int, int], told: bool) -> bool:
+    def hangs(self, pids: Mapping[int, int], last: bool) -> bool:
         """Whether the run stands still, of which these are the ranks that live here; then the files say why. To be asked about
-        twice a second. `told`: by a SIGTERM, to stop."""
+        twice a second. `last`: the job's time is over, it is killed in a moment."""
         now = time.monotonic()
         if now - self.looked > LATE_S:
             self.since = now
         self.looked = now
-        limit = min(self.limit_s, LEAVES_S) if told and self.node.kind == "slurm" else self.limit_s
+        limit = min(self.limit_s, LEAVES_S) if last else self.limit_s
         over = min(self._stood_still(self.beacons[k].last()) / limit for k in pids)
-        if len(self.node.hosts) > 1 and not self._all_nodes(over):
-            return False
-        if over <= 1:
+        if not (self._all_nodes(over) if len(self.node.hosts) > 1 else over > 1):
             return False
         mine = self._facts(pids)
         for pid in pids.values():  # they are judged: none gets on now, while the other nodes answer
@@ -140,10 +139,14 @@ class Watch:
     def _all_nodes(self, over: float) -> bool:
         """Whether the other nodes' ranks stand still too. A node that says nothing for long is taken to hang itself."""
         mine = self._file("still", self.node.index)
-        if over <= 1:
-            mine.unlink(missing_ok=True)
+        if self.said != (over > 1):
+            self.said = over > 1
+            if self.said:
+                mine.touch()
+            else:
+                mine.unlink(missing_ok=True)
+        if not self.said:
             return False
-        mine.touch()
         return over > PATIENCE or all(self._file("still", k).exists() for k in range(len(self.node.hosts)))
 
     def _of_all_nodes(self, facts: list[Fact]) -> list[Fact]:

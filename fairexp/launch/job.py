@@ -132,7 +132,7 @@ def attempt(run_dir: RunDir, node: Node) -> int:
         lambda k: run_dir.logs / f"rank_{node.index * per_node + k}.attempt_{number}.log",
         rank,
         launch["owner"],
-        told=(lambda: keep_place(run_dir, node)) if node.kind == "slurm" and node.first else None,
+        told=lambda: node.kind == "slurm" and node.first and keep_place(run_dir, node),
         hangs=watch.hangs,
         ends=EndsInTime(run_dir, slurm.ends_at(node)) if node.kind == "slurm" and node.first else None,
     )
@@ -275,11 +275,13 @@ class EndsInTime:
 # --- after ---
 
 
-def keep_place(run_dir: RunDir, node: Node) -> None:
-    """Asks for another attempt as soon as the job's time is over: its ranks may be killed before they have saved."""
-    status = run_dir.status()
-    if slurm.standing(node).over and not status.get("cancel"):
+def keep_place(run_dir: RunDir, node: Node) -> bool:
+    """Asks for another attempt as soon as the job's time is over: its ranks may be killed before they have saved. Whether it
+    is over."""
+    status, over = run_dir.status(), slurm.standing(node).over
+    if over and not status.get("cancel"):
         slurm.requeue(node, bad_hosts(status))
+    return over
 
 
 def conclude(run_dir: RunDir, codes: dict[int, int], node: Node, number: int | None = None) -> int:

@@ -30,8 +30,8 @@ def supervise(
     log: Callable[[int], Path],
     rank: Callable[[int], int],
     owner: int | None,
-    told: Callable[[], None] | None = None,
-    hangs: Callable[[Mapping[int, int], bool], bool] = lambda pids, told: False,
+    told: Callable[[], bool] = lambda: False,
+    hangs: Callable[[Mapping[int, int], bool], bool] = lambda pids, last: False,
     ends: Callable[[], bool] | None = None,
 ) -> dict[int, int]:
     """Runs `rank(k)` in `num_processes` forked processes; their exit codes by local rank in the order of their ends, negative
@@ -39,10 +39,11 @@ def supervise(
 
     `environment(k)`: variables of the k-th process; `log(k)`: the file that takes its output. When one ends with another code
     than 0, the others are ended too: SIGTERM, and SIGKILL after two seconds. SIGNALS to this process are passed on.
-    When `owner` (a process id) dies, everything dies. `told()` is called after such a signal has been passed on.
-    `hangs` is asked twice a second, with the living ranks' process ids and whether SIGTERM has come; where it says so, all are
-    killed. Of ranks that hung when they were told to stop the code is INTERRUPTED. Where `ends()` says so, they get SIGUSR2, as
-    ahead of a time limit.
+    When `owner` (a process id) dies, everything dies.
+
+    `told()` is called after such a signal has been passed on, and says whether the ranks will be killed soon. `hangs` is asked
+    twice a second, with the living ranks' process ids and that; where it says so, all are killed, and if they had been told to
+    stop their code is INTERRUPTED. Where `ends()` says so they get SIGUSR2, as ahead of a time limit.
     """
     signal.pthread_sigmask(
         signal.SIG_BLOCK, SIGNALS
@@ -54,7 +55,7 @@ def supervise(
     kill_at = float("inf")
     came: list[int] = []
     passed_on = 0
-    hung = False
+    last = hung = False
 
     def send(number: int) -> None:
         for descriptor in alive:
@@ -72,9 +73,9 @@ def supervise(
         ready, _, _ = select.select(watched, [], [], 0.5)  # a signal doesn't end it
         if ends and not came and ends():
             pass_on(signal.SIGUSR2, None)
-        if len(came) > passed_on and told:
+        if len(came) > passed_on:
             passed_on = len(came)
-            told()
+            last = told()
         if owner_fd in ready:
             owner_fd = None
             send(signal.SIGKILL)
@@ -87,7 +88,7 @@ def supervise(
                 kill_at = time.monotonic() + GRACE_S
                 send(signal.SIGTERM)
         pids = {processes[pid]: pid for pid in alive.values()}
-        if pids and kill_at == float("inf") and hangs(pids, signal.SIGTERM in came):
+        if pids and kill_at == float("inf") and hangs(pids, last):
             hung, kill_at = True, 0.0
         if time.monotonic() > kill_at:
             send(signal.SIGKILL)
