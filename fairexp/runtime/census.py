@@ -91,6 +91,7 @@ def states(run: Run) -> Iterator[tuple[str, str]]:
                 yield f"optimizer group {number} {what}", digest(value)
     for name, average in run.ema.shadow.items() if run.ema else ():
         yield f"average {name}", digest(average)
+    yield "guard", digest(run.guard.state())
     yield "loss scale", digest(run.precision.state())
     yield "generator torch", digest(torch.get_rng_state())
     yield "generator python", digest(random.getstate())

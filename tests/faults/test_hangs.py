@@ -7,8 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from hanging import FAULTS, LIMIT_S, Hung, ended, live_through, start_hanging, start_innocent
 from test_processes import Command
+
+from faults.hanging import FAULTS, LIMIT_S, Hung, ended, live_through, start_hanging, start_innocent
 
 WHY = {
     "stops": "it is stopped by a signal",

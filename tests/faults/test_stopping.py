@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from stopping import stop_once
 from test_processes import FOREVER, Command
 
 from fairexp.config.rundir import RunDir, create
@@ -21,6 +20,7 @@ from fairexp.launch.supervise import SIGNALS, supervise
 from fairexp.runs import autopsy
 from fairexp.runtime import dist
 from fairexp.runtime.preempt import Stop
+from faults.stopping import stop_once
 
 SEED = 1
 ROUNDS = 3
