@@ -329,7 +329,7 @@ def test_weights_that_are_not_finite_are_not_saved(run_on_gpu: Any) -> None:
 def test_a_signal_is_noticed_at_once_after_a_return_to_an_earlier_step() -> None:
     before = {number: signal.getsignal(number) for number in SIGNALS}
     try:
-        stop = Stop()
+        stop = Stop().listen()
         for step in range(1000, 1010):  # of quick steps it wouldn't look at the next hundred
             assert not stop.agreed(step)
         stop.goes_back()
@@ -339,6 +339,7 @@ def test_a_signal_is_noticed_at_once_after_a_return_to_an_earlier_step() -> None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(-1)
 
 
 # --- pure functions
