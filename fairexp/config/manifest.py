@@ -1,18 +1,23 @@
 """What a checkpoint's manifest.json says, and whether its files are still what was written; no torch.
 
 The manifest is written last and the folder renamed into place after it: a folder that has its final name was complete.
+A digest shows damage and not who made it: what a checkpoint from elsewhere says is data, of which nothing is believed.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from fairexp.errors import RunError
 
 FILE = "manifest.json"
 STEP = re.compile(r"step_(\d{8,18})")
@@ -28,7 +33,7 @@ class Damaged(Exception):
 def committed(checkpoints: Path) -> dict[int, Path]:
     """The checkpoints by step, oldest first."""
     found = {int(match[1]): path for path in checkpoints.glob("step_*") if (match := STEP.fullmatch(path.name))}
-    return dict(sorted(found.items()))
+    return {step: path for step, path in sorted(found.items()) if path.name == f"step_{step:08d}"}
 
 
 def encode(body: Mapping[str, Any]) -> str:
@@ -48,7 +53,7 @@ def text_of(folder: Path) -> str:
 
 
 def decode(text: str, folder: Path) -> dict[str, Any]:
-    """The manifest's body. Damaged: it isn't what was written, or belongs to another step."""
+    """The manifest's body. Damaged: it isn't what was written, or belongs to another step. RunError: a later format."""
     file = folder / FILE
     match = re.fullmatch(r'\{"sha256":"([0-9a-f]{64})",\n"body":(.*)\}\n', text, re.DOTALL)
     if match is None:
@@ -56,15 +61,64 @@ def decode(text: str, folder: Path) -> dict[str, Any]:
     if digest(match[2].encode()) != match[1]:
         raise Damaged(f"{file}: its digest differs")
     body = parse(match[2], file)
-    if body.get("schema") != SCHEMA:
-        raise Damaged(f"{file}: written in format {body.get('schema')}, this is fairexp's format {SCHEMA}")
+    if not all(key in body and fits(body[key]) for key, fits in KEYS.items()):
+        wrong = [key for key, fits in KEYS.items() if key not in body or not fits(body[key])]
+        raise Damaged(f"{file}: its {' and '.join(wrong[:3])} can't be what fairexp wrote")
+    if body["schema"] != SCHEMA:  # nothing is wrong with it
+        raise RunError(f"{file}: written in format {body['schema']}, this fairexp's is {SCHEMA}")
     step = STEP.fullmatch(folder.name)
-    if step and body.get("step") != int(step[1]):
-        raise Damaged(f"{file}: belongs to step {body.get('step')}")
-    files = body.get("files")
-    if not isinstance(files, dict) or not all(NAME.fullmatch(name) for name in files):
-        raise Damaged(f"{file}: names files that fairexp doesn't write")
+    if step and body["step"] != int(step[1]):
+        raise Damaged(f"{file}: belongs to step {body['step']}")
     return body
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a JSON number that a float or an int64 holds."""
+    return isinstance(value, float) or is_int(value)
+
+
+def is_int(value: Any) -> bool:
+    """Whether it is an int64, and not a bool, which Python takes for one."""
+    return type(value) is int and -(1 << 63) <= value < 1 << 63
+
+
+def are_numbers(value: Any) -> bool:
+    """Whether it is a JSON object of numbers."""
+    return isinstance(value, dict) and all(map(is_number, value.values()))
+
+
+def _is_count(value: Any) -> bool:
+    return is_int(value) and value >= 0
+
+
+def _is_word(value: Any) -> bool:
+    return isinstance(value, str) and value.isprintable() and len(value) < 1000
+
+
+def _are_files(value: Any) -> bool:
+    """Names that fairexp writes, none of which leads elsewhere, with sizes and digests."""
+    return (
+        isinstance(value, dict)
+        and "state.json" in value
+        and all(NAME.fullmatch(name) and isinstance(entry, dict) for name, entry in value.items())
+        and all(_is_count(entry.get("bytes")) and _is_word(entry.get("sha256")) for entry in value.values())
+        and all(entry["bytes"] <= MOST_BYTES for name, entry in value.items() if name.endswith(".json"))
+    )
+
+
+KEYS = {
+    "schema": _is_count,
+    "step": _is_count,
+    "time": is_number,
+    "metrics": are_numbers,
+    "world_size": _is_count,
+    "threads": _is_count,
+    "strategy": _is_word,
+    "device": _is_word,
+    "torch": _is_word,
+    "files": _are_files,
+    "tensors": lambda value: isinstance(value, dict),  # shards.Stored looks at each
+}
 
 
 def parse(text: str | bytes, file: Path) -> dict[str, Any]:
@@ -89,7 +143,7 @@ def check(file: Path, size: int, sha256: str, thorough: bool = True) -> None:
     if there != size:
         raise Damaged(f"{file}: has {there:,} bytes of {size:,}")
     if thorough:
-        with open(file, "rb") as opened:
+        with _reading(file), open(file, "rb") as opened:
             if hashlib.file_digest(opened, "sha256").hexdigest() != sha256:
                 raise Damaged(f"{file}: its digest differs")
 
@@ -105,14 +159,26 @@ def check_all(folder: Path, thorough: bool = True) -> dict[str, Any]:
 def _read(file: Path) -> bytes:
     if _size(file) > MOST_BYTES:
         raise Damaged(f"{file}: too large")
-    return file.read_bytes()
+    with _reading(file):
+        return file.read_bytes()
 
 
 def _size(file: Path) -> int:
-    try:
+    with _reading(file):
         found = os.lstat(file)
-    except FileNotFoundError:
-        raise Damaged(f"{file}: is missing") from None
     if not stat.S_ISREG(found.st_mode):  # a pipe would wait for ever, a link lead elsewhere
         raise Damaged(f"{file}: is not a regular file")
     return found.st_size
+
+
+@contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    """Tells damage from what may pass (a stale handle, no permission), which stays an OSError."""
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError):
+        raise Damaged(f"{file}: is missing") from None
+    except OSError as error:
+        if error.errno not in (errno.EIO, errno.ELOOP):
+            raise
+        raise Damaged(f"{file}: {error.strerror}") from None

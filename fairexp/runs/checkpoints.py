@@ -10,7 +10,7 @@ from typing import Any
 from fairexp.config import manifest
 from fairexp.config.manifest import Damaged
 from fairexp.config.rundir import RunDir
-from fairexp.errors import DONE, FAILED
+from fairexp.errors import DONE, FAILED, RunError
 from fairexp.runs.table import age
 
 
@@ -35,7 +35,7 @@ def examine(step: int, folder: Any, thorough: bool) -> dict[str, Any]:
     one: dict[str, Any] = {"step": step, "path": str(folder), "damage": None}
     try:
         body = manifest.check_all(folder, thorough)
-    except Damaged as damage:
+    except (Damaged, RunError) as damage:
         return one | {"damage": str(damage)}
     except OSError as error:
         return one | {"damage": f"{error.filename}: {error.strerror}"}

@@ -14,12 +14,12 @@ import struct
 import sys
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from fairexp import __version__
@@ -29,6 +29,7 @@ from fairexp.config.manifest import Damaged
 from fairexp.errors import FAILED, Fenced, RunError
 from fairexp.lifetime import leave
 from fairexp.runtime import dist, shards
+from fairexp.runtime.track import one_line
 
 if TYPE_CHECKING:
     from fairexp.runtime.build import Run
@@ -257,7 +258,7 @@ def kept(there: dict[int, Path], run: Run) -> set[int]:
 def _metric(folder: Path, name: str | None) -> float | None:
     try:
         value = manifest.decode(manifest.text_of(folder), folder)["metrics"].get(name)
-    except Damaged:
+    except (Damaged, RunError):
         return None
     return None if value is None or value != value else value  # NaN is the best of nothing
 
@@ -282,19 +283,25 @@ def restore(run: Run) -> None:
                 shutil.rmtree(aside, ignore_errors=True)
                 publish(folder, aside)
                 print(f"{damage}: not used, now {aside.name}", file=sys.stderr, flush=True)
-    if steps:
+    # also after an earlier start has put them aside: this one isn't to begin anew in silence
+    if steps or any(run.dir.checkpoints.glob("damaged_*")):
         raise RunError(f"{run.dir.checkpoints}: no checkpoint is whole; remove the damaged ones to start from step 0")
 
 
 def load(run: Run, folder: Path) -> None:
     """Gives the run the state of the checkpoint; all ranks take part. Any strategy and world size may have written it.
     Damaged on all ranks, where a file isn't what was written: before anything of the run has changed."""
-    body = _verified(run, folder)
     try:
-        scalars = manifest.read_json(folder / "state.json")
-        _take(run, folder, body, scalars)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, SafetensorError) as error:
-        raise RunError(f"{folder}: not a checkpoint of this run ({type(error).__name__}: {error})") from error
+        body = _verified(run, folder)
+        _take(run, folder, body, manifest.read_json(folder / "state.json"))
+    except (RunError, Damaged):
+        raise
+    except OSError as error:
+        raise RunError(f"{error.filename or folder}: {error.strerror or error}") from error
+    except Exception as error:  # of whatever kind: a checkpoint from elsewhere can hold anything
+        if dist.is_lost_peer(error):
+            raise
+        raise RunError(f"{folder}: not a checkpoint of this run ({one_line(error)!r})") from error
     run.saver.step = run.step
     if run.here.first and run.step and (changed := _changed(body, _made_by(run))):
         print(f"not bit for bit as before: {changed}", file=sys.stderr, flush=True)
@@ -324,7 +331,11 @@ def _verified(run: Run, folder: Path) -> dict[str, Any]:
 
 
 def _take(run: Run, folder: Path, body: dict[str, Any], scalars: dict[str, Any]) -> None:
-    stored = shards.Stored(folder, body["tensors"])
+    if wrong := [key for key, fits in STATE.items() if key not in scalars or not fits(scalars[key])]:
+        raise RunError(f"{folder / 'state.json'}: its {' and '.join(wrong[:3])} can't be what fairexp wrote")
+    if scalars["step"] != body["step"]:
+        raise RunError(f"{folder / 'state.json'}: belongs to step {scalars['step']}")
+    stored = shards.Stored(folder, body["tensors"], body["files"])
     wanted: dict[str, Tensor] = {f"model.{name}": tensor for name, tensor in _module_state(run).items()}
     if run.ema:
         wanted |= {f"ema.{name}": tensor for name, tensor in run.ema.shadow.items()}
@@ -333,28 +344,73 @@ def _take(run: Run, folder: Path, body: dict[str, Any], scalars: dict[str, Any])
     for name, tensor in wanted.items():
         stored.fits(name, tensor)
     optimizer_state: dict[str, dict[str, Any]] = {}
+    generators: dict[str, Tensor] = {}
     for key in stored.tensors:
         kind, _, rest = key.partition(".")
         name, _, what = rest.rpartition(".")
         if kind == "optim":
+            if name not in run.parameters:
+                raise RunError(f"{folder}: its optimizer has a state of {name!r}, which is no parameter here")
             tensor = _room_for(stored.shape(key), stored.dtype(key), run.parameters[name])
             optimizer_state.setdefault(name, {})[what] = wanted[key] = tensor
         elif kind == "rng" and name == str(run.here.rank):
-            wanted[key] = torch.empty(stored.shape(key), dtype=stored.dtype(key))
-    order = [name for group in scalars["param_groups"] for name in group["params"]]
-    trained = {id(p) for group in run.optimizer.param_groups for p in group["params"]}
-    if sorted(order) != sorted(name for name, p in run.parameters.items() if id(p) in trained):
-        raise RunError(f"{folder}: its optimizer has other parameters than this run's")
-    for name, tensor in wanted.items():  # from here on the run changes
-        stored.read(name, tensor)
+            generators[what] = torch.empty(stored.shape(key), dtype=stored.dtype(key))
+            stored.read(key, stored.parts(key, generators[what]))
+    _check_optimizer(run, folder, optimizer_state, scalars)
+    random_state = RandomState.of(generators) if generators else None
+    parts = {name: stored.parts(name, tensor) for name, tensor in wanted.items()}
+    for name in wanted:  # from here on the run changes
+        stored.read(name, parts[name])
     for name, values in scalars["optimizer"].items():
         optimizer_state.setdefault(name, {}).update(values)
     _load_optimizer(run, optimizer_state, scalars["param_groups"])
-    _set_random_state({key.rpartition(".")[2]: tensor for key, tensor in wanted.items() if key.startswith("rng.")})
+    if random_state:  # a rank that the saving world didn't have keeps its own
+        random_state.apply()
     run.precision.load(scalars["precision"])
     run.guard.load(scalars["guard"])
     run.step, run.final, run.best = scalars["step"], scalars["final"], scalars["best"]
     run.evaluated = scalars["evaluated"]
+
+
+# what state.json says: a _target_ or a text where the loop expects a number would surface there, as somebody else's error
+STATE = {
+    "step": manifest.is_int,
+    "evaluated": manifest.is_int,
+    "final": manifest.are_numbers,
+    "best": manifest.are_numbers,
+    "precision": manifest.are_numbers,
+    "param_groups": lambda value: isinstance(value, list),
+    "optimizer": lambda value: isinstance(value, dict),
+}
+
+
+def _check_optimizer(run: Run, folder: Path, tensors: dict[str, dict[str, Any]], scalars: dict[str, Any]) -> None:
+    """RunError, where the optimizer's groups and values aren't of this run's kind."""
+    names = {id(parameter): name for name, parameter in run.parameters.items()}
+    here, there = run.optimizer.param_groups, scalars["param_groups"]
+    if [sorted(names[id(p)] for p in group["params"]) for group in here] != [sorted(g["params"]) for g in there]:
+        raise RunError(f"{folder}: its optimizer has other parameters than this run's")
+    for now, saved in zip(here, there, strict=True):
+        for key in saved.keys() - {"params"}:
+            if not _is_like(saved[key], now.get(key)):
+                raise RunError(f"{folder}: its optimizer's {key!r} is of another kind than this run's")
+    for name, values in scalars["optimizer"].items():
+        for what, value in values.items():
+            if name not in run.parameters or what in tensors.get(name, {}) or not _is_like(value, None):
+                raise RunError(f"{folder}: its optimizer's {what!r} of {name!r} can't be what fairexp wrote")
+
+
+def _is_like(saved: Any, now: Any) -> bool:
+    """Whether a stored value may take the place of this one; of None any that a checkpoint holds may."""
+    if isinstance(now, bool | str):
+        return type(saved) is type(now)
+    if isinstance(now, int | float | Tensor):
+        return manifest.is_number(saved)
+    if isinstance(now, tuple | list):
+        return isinstance(saved, list) and len(saved) == len(now) and all(map(_is_like, saved, now))
+    if isinstance(saved, list):
+        return all(isinstance(each, SCALAR) for each in saved)
+    return manifest.is_number(saved) or isinstance(saved, bool | str | None)
 
 
 def _changed(there: dict[str, Any], here: dict[str, Any]) -> str:
@@ -450,7 +506,7 @@ def _room_for(shape: torch.Size, dtype: torch.dtype, parameter: Tensor) -> Tenso
 
 
 def _random_state(device: torch.device) -> dict[str, Tensor]:
-    """This rank's generators as tensors: dropout goes on where it was."""
+    """This rank's generators as tensors."""
     version, keys, next_gauss = random.getstate()
     _, array, position, has_gauss, gauss = np.random.get_state(legacy=True)  # type: ignore[misc]
     state = {
@@ -461,17 +517,36 @@ def _random_state(device: torch.device) -> dict[str, Tensor]:
     return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
 
 
-def _set_random_state(state: dict[str, Tensor]) -> None:
-    """Takes this rank's generators; a rank that the saving world didn't have keeps its own."""
-    if "torch" not in state:
-        return
-    torch.set_rng_state(state["torch"])
-    version, *keys, has, bits = state["python"].tolist()
-    random.setstate((version, tuple(keys), _as_float(bits) if has else None))
-    *array, position, has, bits = state["numpy"].tolist()
-    np.random.set_state(("MT19937", np.array(array, dtype=np.uint32), position, has, _as_float(bits)))
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+@dataclass(frozen=True)
+class RandomState:
+    """A rank's generators, of which it is known that they can be taken."""
+
+    torch: Tensor
+    python: tuple[Any, ...]
+    numpy: tuple[Any, ...]
+    cuda: Tensor | None
+
+    @staticmethod
+    def of(state: dict[str, Tensor]) -> RandomState:
+        """From what `_random_state` gave. Any exception: it can't be that."""
+        version, *keys, has, bits = state["python"].tolist()
+        python = (version, tuple(keys), _as_float(bits) if has else None)
+        *array, position, has, bits = state["numpy"].tolist()
+        numpy = ("MT19937", np.array(array, dtype=np.uint32), position, has, _as_float(bits))
+        if not 0 <= position <= len(array):  # numpy would read there
+            raise ValueError(f"a generator at {position} of {len(array)}")
+        torch.Generator().set_state(state["torch"])  # these refuse what they can't take
+        random.Random().setstate(python)
+        np.random.RandomState().set_state(numpy)
+        return RandomState(state["torch"], python, numpy, state.get("cuda"))
+
+    def apply(self) -> None:
+        """Gives them to this process: dropout goes on where it was."""
+        torch.set_rng_state(self.torch)
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)
+        if self.cuda is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(self.cuda)
 
 
 def _as_ints(number: Any) -> tuple[int, int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -134,13 +135,25 @@ def _blocks(head: bytes, pieces: Mapping[str, Piece]) -> Iterator[memoryview]:
             yield data[begin : begin + BLOCK]
 
 
-class Stored:
-    """A checkpoint's tensors. `tensors`: the manifest's index, {name: {"dtype", "shape", "pieces": [[file, offset, shape]]}}."""
+class Part(NamedTuple):
+    """What a file has of a tensor that is wanted here."""
 
-    def __init__(self, folder: Path, tensors: Mapping[str, Any]):
+    target: Tensor
+    file: str
+    where: tuple[slice, ...]  # in the file's piece
+
+
+class Stored:
+    """A checkpoint's tensors. `tensors`: the manifest's index, {name: {"dtype", "shape", "pieces": [[file, offset, shape]]}};
+    `files`: what the manifest says of the files, which have been checked. RunError: the index can't be true."""
+
+    def __init__(self, folder: Path, tensors: Mapping[str, Any], files: Mapping[str, Any]):
         self.folder = folder
         self.tensors = tensors
         self.opened: dict[str, Any] = {}
+        for name, entry in tensors.items():
+            if not _is_sound(entry, files):
+                raise RunError(f"{folder}: what its manifest says of the tensor {name[:99]!r} can't be")
 
     def shape(self, name: str) -> torch.Size:
         return torch.Size(self.tensors[name]["shape"])
@@ -155,27 +168,66 @@ class Stored:
             here = f"{NAMES.get(tensor.dtype, tensor.dtype)} {list(tensor.shape)}"
             raise RunError(f"{self.folder}: {name} is {there} there and {here} here")
 
-    @torch.no_grad()
-    def read(self, name: str, into: Tensor) -> None:
-        """Fills what this rank holds of the tensor."""
+    def parts(self, name: str, into: Tensor) -> list[Part]:
+        """Where to find what this rank holds of the tensor. RunError: not all of it is there, or not once."""
         values, offset = piece(into)
+        found = []
         missing = values.numel()
         for file, begin, shape in self.tensors[name]["pieces"]:
             low = [max(a, b) for a, b in zip(offset, begin, strict=True)]
             high = [min(a + n, b + m) for a, n, b, m in zip(offset, values.shape, begin, shape, strict=True)]
             if any(a >= b for a, b in zip(low, high, strict=True)):
                 continue
-            target = values[tuple(slice(a - o, b - o) for a, b, o in zip(low, high, offset, strict=True))]
-            source = self._source(file, name, [slice(a - o, b - o) for a, b, o in zip(low, high, begin, strict=True)])
-            if source.shape != target.shape or source.dtype != target.dtype:
+            stored = self._open(file).get_slice(name)
+            if stored.get_shape() != shape or stored.get_dtype() != self.tensors[name]["dtype"]:
                 raise RunError(f"{self.folder / file}: {name} isn't what the manifest says")
-            target.copy_(source)
-            missing -= target.numel()
+            here = tuple(slice(a - o, b - o) for a, b, o in zip(low, high, offset, strict=True))
+            there = tuple(slice(a - o, b - o) for a, b, o in zip(low, high, begin, strict=True))
+            missing -= values[here].numel()
+            found.append((here, Part(values[here], file, there)))
+        if missing == 0 and len(found) > 1:  # as many as it should: no overlap either?
+            seen = torch.zeros(values.shape, dtype=torch.bool)
+            for here, _ in found:
+                seen[here] = True
+            missing = int(seen.numel() - seen.sum())
         if missing:
-            raise RunError(f"{self.folder}: parts of {name} are missing")
+            raise RunError(f"{self.folder}: parts of {name} are missing, or there twice")
+        return [part for _, part in found]
 
-    def _source(self, file: str, name: str, where: list[slice]) -> Tensor:
+    @torch.no_grad()
+    def read(self, name: str, parts: list[Part]) -> None:
+        """Fills the parts of the tensor."""
+        for target, file, where in parts:
+            source = self._open(file)
+            target.copy_(source.get_slice(name)[where] if where else source.get_tensor(name))
+
+    def _open(self, file: str) -> Any:
         if file not in self.opened:
             self.opened[file] = safe_open(self.folder / file, framework="pt")
-        source = self.opened[file]
-        return source.get_slice(name)[tuple(where)] if where else source.get_tensor(name)
+        return self.opened[file]
+
+
+def _is_sound(entry: Any, files: Mapping[str, Any]) -> bool:
+    """Whether a tensor's entry in the index is one that fairexp writes: nothing is opened, and no memory taken, for another."""
+    match entry:
+        case {"dtype": str(dtype), "shape": shape, "pieces": list(pieces)} if dtype in DTYPES and _is_box(shape):
+            size = 0
+            for each in pieces:
+                match each:
+                    case [str(file), offset, part] if _is_box(offset) and _is_box(part) and file in files:
+                        bytes_ = math.prod(part) * DTYPES[dtype].itemsize
+                        if len(part) != len(shape) or len(offset) != len(shape) or bytes_ > files[file]["bytes"]:
+                            return False
+                        if not all(n > 0 and begin + n <= m for begin, n, m in zip(offset, part, shape, strict=True)):
+                            return False
+                        size += math.prod(part)
+                    case _:
+                        return False
+            return size == math.prod(shape)
+    return False
+
+
+def _is_box(numbers: Any) -> bool:
+    return (
+        isinstance(numbers, list) and len(numbers) <= 64 and all(type(n) is int and 0 <= n < 1 << 48 for n in numbers)
+    )
