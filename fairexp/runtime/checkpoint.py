@@ -58,6 +58,7 @@ class Saver:
         self.safe = 0  # the one before it, until it has arrived
         self.thread: threading.Thread | None = None
         self.error: str | None = None
+        self.need = ""  # in words
 
     def start(self, run: Run) -> None:
         """Copies the state, and starts to write it."""
@@ -66,8 +67,9 @@ class Saver:
         tensors = _tensors(run)
         state = json.dumps(_scalars(run), indent=1) + "\n"  # now: the loop goes on changing what it was made from
         draft = run.dir.workspace / f"step_{run.step:08d}"  # type: ignore[operator]
+        self.need = f"a checkpoint needs {_size(tensors) / 2**20:.1f} MiB and {run.here.world_size + 4} files"
         if run.here.first:
-            self.error = _prepare(draft, tensors, run.here.world_size)
+            self.error = self._prepare(draft, _size(tensors), run.here.world_size + 4)
         if dist.any_rank(self.error is not None):
             self.safe = self.step
             self._refuse(run)
@@ -99,7 +101,7 @@ class Saver:
             self.thread = None
 
     def _refuse(self, run: Run) -> None:
-        text = dist.said_by_first(self.error or "")
+        text = dist.said_by_any(self.error or "")
         self.error = None
         if run.checkpoint.on_error == "stop":
             raise RunError(text)
@@ -128,13 +130,15 @@ class Saver:
                         for name, (values, offset) in pieces.items()
                     },
                 }
-            except OSError as error:
-                part = {"error": f"{draft / file}: {error.strerror}"}
+            except Exception as error:  # of whatever kind: rank 0 waits for this rank's word
+                why = str(error.strerror) if isinstance(error, OSError) else one_line(error)
+                part = {"error": [str(draft / file), why]}
             parts = dist.collect(f"save/{step}", part)
             if parts is None:
                 return  # rank 0 publishes
             if errors := [each["error"] for each in parts if "error" in each]:
-                raise OSError(f"{errors[0]}: {_room(draft)}")
+                file, why = errors[0]
+                raise OSError(0, why, file)
             for each in parts:
                 for name, (dtype, offset, shape) in each["pieces"].items():
                     # what is new here are another rank's generators
@@ -145,43 +149,53 @@ class Saver:
             seconds = round(time.monotonic() - began, 3)
             run.dir.set_status(save_s=max(seconds, run.dir.status().get("save_s", 0.0)))
             _prune(run)
-        except Fenced as error:
-            print(error, file=sys.stderr, flush=True)
-            leave(FAILED)
         except Exception as error:
+            if isinstance(error, Fenced) or _is_gone(run.dir.workspace):  # type: ignore[arg-type]
+                print(Fenced(draft.name), file=sys.stderr, flush=True)
+                leave(FAILED)
+            why = one_line(error)
+            if isinstance(error, OSError):
+                why = f"{error.filename or draft}: {error.strerror}; {self.need}, {_room(draft.parent)}"
             shutil.rmtree(draft, ignore_errors=True)
-            self.error = f"checkpoint of step {step}: {_in_words(error)}"
+            self.error = f"checkpoint of step {step}: {why}"
             if run.checkpoint.on_error == "stop":
                 run.stop.trouble = True  # all ranks learn of it at the next step boundary at which they compare notes
 
+    def _prepare(self, draft: Path, size: int, files: int) -> str | None:
+        """Makes the folder; why a checkpoint has no place, if it hasn't."""
+        try:
+            room = os.statvfs(draft.parent)
+            if room.f_bavail * room.f_frsize < size or (room.f_files and room.f_favail < files):
+                return f"{draft.parent}: {self.need}, {_room(draft.parent)}"
+            shutil.rmtree(draft, ignore_errors=True)  # what a failed save left
+            draft.mkdir()
+        except FileNotFoundError:
+            print(Fenced(draft.name), file=sys.stderr, flush=True)
+            leave(FAILED)
+        except OSError as error:
+            return f"{error.filename}: {error.strerror}; {self.need}, {_room(draft.parent)}"
+        return None
 
-def _prepare(draft: Path, tensors: dict[str, Tensor], world_size: int) -> str | None:
-    """Makes the folder; why a checkpoint has no place, if it hasn't."""
-    need = sum(tensor.nbytes for tensor in tensors.values()) + SPARE_BYTES
-    try:
-        room = os.statvfs(draft.parent)
-        free = room.f_bavail * room.f_frsize
-        if free < need or (room.f_files and room.f_favail < world_size + 4):
-            return f"{draft.parent}: a checkpoint needs {need / 2**20:.1f} MiB and {world_size + 4} files; {_room(draft.parent)}"
-        shutil.rmtree(draft, ignore_errors=True)  # what a failed save left
-        draft.mkdir()
-    except FileNotFoundError:
-        print(Fenced(draft.name), file=sys.stderr, flush=True)
-        leave(FAILED)
-    except OSError as error:
-        return f"{error.filename}: {error.strerror}"
-    return None
+
+def _size(tensors: dict[str, Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values()) + SPARE_BYTES
 
 
 def _room(folder: Path) -> str:
-    room = os.statvfs(folder)
+    try:
+        room = os.statvfs(folder)
+    except OSError as error:
+        return f"{folder}: {error.strerror}"
     return f"{room.f_bavail * room.f_frsize / 2**20:.1f} MiB and {room.f_favail} files are free"
 
 
-def _in_words(error: Exception) -> str:
-    if isinstance(error, OSError):
-        return f"{error.filename}: {error.strerror}" if error.filename else str(error)
-    return f"{type(error).__name__}: {error}"
+def _is_gone(workspace: Path) -> bool:
+    """Whether a later attempt has taken it away; a disk that fails hasn't."""
+    try:
+        os.stat(workspace)
+    except OSError as error:
+        return isinstance(error, FileNotFoundError)
+    return False
 
 
 def _commit(run: Run, draft: Path, files: dict[str, Any], index: dict[str, Any], state: str) -> None:
@@ -236,7 +250,10 @@ def _prune(run: Run) -> None:
     for step in there.keys() - kept(there, run):
         trash = run.dir.workspace / f"trash_{step}"  # type: ignore[operator]
         publish(there[step], trash)  # first the name: a half-deleted folder must not look complete
-        shutil.rmtree(trash)
+        if trash.is_symlink():  # somebody has moved it to another disk
+            trash.unlink()
+        else:
+            shutil.rmtree(trash)
 
 
 def kept(there: dict[int, Path], run: Run) -> set[int]:
@@ -437,7 +454,10 @@ def _tensors(run: Run) -> dict[str, Tensor]:
                 state[f"optim.{name}.{what}"] = value
     if run.ema:
         state |= {f"ema.{name}": tensor for name, tensor in run.ema.shadow.items()}
-    return state | {f"rng.{run.here.rank}.{name}": tensor for name, tensor in _random_state(run.here.device).items()}
+    state |= {f"rng.{run.here.rank}.{name}": tensor for name, tensor in _random_state(run.here.device).items()}
+    if other := [name for name, tensor in state.items() if tensor.dtype not in shards.NAMES]:
+        raise RunError(f"{other[0]} is of {state[other[0]].dtype}, which a checkpoint doesn't hold")
+    return state
 
 
 def _scalars(run: Run) -> dict[str, Any]:

@@ -1,12 +1,15 @@
 """A checkpoint is whole or not there, is never half-believed, and runs no code; scripts/faults/checkpoints does more of it."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 from conftest import Fairexp, Tiny, interrupted
 
+from fairexp.errors import RunError
 from fairexp.runtime import checkpoint
-from faults import damage, hostile, lab, torn
+from faults import damage, disks, hostile, lab, torn
 from faults.lab import STEP, Calls
 
 TENSORS = "rank_00000.safetensors"
@@ -135,3 +138,152 @@ def test_a_hostile_checkpoint_ends_the_command_in_words(
         assert "Traceback" not in ended.stderr
         assert str(path / STEP.format(10)) in ended.stderr
     assert not list(path.rglob(hostile.MARKER))
+
+
+# --- disks ---
+
+
+def test_a_full_disk_costs_a_save_and_nothing_else(tmp_path: Path) -> None:
+    try:
+        found = disks.fill_levels(tmp_path, disks.LEVELS[::3])
+    except disks.NoMount as reason:
+        pytest.skip(str(reason))
+    assert wrong(found) == []
+    assert len(found) == 7
+
+
+@pytest.mark.parametrize("trouble", disks.TROUBLES)
+def test_trouble_of_one_rank_ends_all_in_the_same_line(tmp_path: Path, trouble: str) -> None:
+    ended = disks.trouble_on(1, trouble, tmp_path, on_error="stop")
+    assert [one.code for one in ended] == [1, 1]
+    (said,) = {one.said for one in ended}
+    assert said.startswith("checkpoint of step 2: ")
+    assert f"step_00000002/rank_00001.safetensors: {trouble}; a checkpoint needs " in said
+    assert said.endswith(" files are free\n")
+    assert lab.steps(next(tmp_path.glob("tiny-*"))) == [1]
+
+
+@pytest.mark.parametrize("struck", [0, 1])
+def test_with_on_error_continue_training_goes_on_and_a_later_save_succeeds(tmp_path: Path, struck: int) -> None:
+    first, other = disks.trouble_on(struck, "File too large", tmp_path, on_error="continue", background=bool(struck))
+    assert [first.value, other.value] == [[1, 4], [1, 4]], first.said + other.said
+    assert other.said == ""
+    (line,) = first.lines
+    assert line.startswith("not saved, training goes on: checkpoint of step 2: ")
+
+
+# --- what is kept ---
+
+
+def test_the_last_ones_each_third_and_the_best_are_kept(tmp_path: Path) -> None:
+    path = lab.new(tmp_path / "tiny")
+
+    def work() -> dict[str, list[int]]:
+        kept = {}
+        for best_is in ("min", "max"):
+            run = lab.begun(path, keep_last=1, keep_every=4, keep_best=2, best_metric="eval/loss", best_is=best_is)
+            for loss in (0.5, 0.1, float("nan"), 0.9, 0.3, 0.2, 0.8, 0.7, 0.6, 0.65):
+                lab.train(run)
+                run.final["eval/loss"] = loss
+                run.evaluated = run.step if run.step != 7 else 6  # an evaluation of another step counts for nothing
+                lab.saved(run)
+            kept[best_is] = lab.steps(path)
+            for step in lab.steps(path):
+                shutil.rmtree(path / STEP.format(step))
+        return kept
+
+    assert lab.value(lab.apart(work, tmp_path)) == {"min": [2, 4, 6, 8, 10], "max": [4, 8, 10]}
+
+
+def test_a_save_in_the_background_writes_the_bits_of_one_in_the_foreground(tmp_path: Path) -> None:
+    path = lab.new(tmp_path / "tiny")
+
+    def work() -> list[dict[str, bytes]]:
+        run = lab.begun(path, background=True)
+        lab.train(run, 2)
+        found = []
+        for background in (True, False):
+            vars(run.checkpoint)["background"] = background
+            run.saver.step = 0
+            checkpoint.save(run)
+            if background:
+                before = lab.state(run)
+                lab.train(run, 3)  # while it is written
+                run.saver.finish(run)
+                shutil.move(path / STEP.format(2), tmp_path / "background" / "step_00000002")
+                lab.again(run)
+                checkpoint.load(run, tmp_path / "background" / "step_00000002")
+                assert lab.state(run) == before
+        for folder in (tmp_path / "background" / "step_00000002", path / STEP.format(2)):
+            files = {file.name: file.read_bytes() for file in folder.iterdir()}
+            body = json.loads(files.pop("manifest.json"))["body"]
+            found.append(files | {"index": json.dumps([body["files"], body["tensors"]]).encode()})
+        return found
+
+    background, foreground = lab.value(lab.apart(work, tmp_path))
+    assert background == foreground
+
+
+def test_two_processes_save_the_bytes_that_one_does(tmp_path: Path) -> None:
+    one, two = lab.new(tmp_path / "one"), lab.new(tmp_path / "two", num_ranks=2)
+
+    def single() -> dict[str, str]:
+        run = lab.begun(one)
+        lab.train(run, 2)
+        lab.saved(run)
+        return lab.state(run)
+
+    state = lab.value(lab.apart(single, tmp_path))
+    shutil.copytree(one / STEP.format(2), two / STEP.format(2))
+
+    def both() -> None:
+        run = lab.begun(two)
+        checkpoint.restore(run)
+        lab.dist.any_rank(False)  # the other has read it, too
+        if run.here.first:
+            (two / STEP.format(2)).rename(tmp_path / "step_00000002")
+        run.saver.step = 0
+        lab.saved(run)
+
+    for fork in lab.ranks([both, both], tmp_path):
+        lab.value(fork.wait())
+    assert len(list((two / STEP.format(2)).glob("*.safetensors"))) == 2
+
+    def back() -> dict[str, str]:
+        run = lab.begun(one)
+        checkpoint.load(run, two / STEP.format(2))
+        return lab.state(run)
+
+    assert lab.value(lab.apart(back, tmp_path)) == state
+
+
+def test_a_model_that_a_checkpoint_cannot_hold_is_told_in_words(tmp_path: Path) -> None:
+    path = lab.new(tmp_path / "tiny")
+
+    def work() -> None:
+        run = lab.begun(path)
+        run.module.register_buffer("phases", lab.torch.zeros(3, dtype=lab.torch.complex64))
+        lab.train(run)
+        with pytest.raises(RunError, match=r"model\.phases is of torch\.complex64, which a checkpoint doesn't hold"):
+            checkpoint.save(run)
+
+    lab.value(lab.apart(work, tmp_path))
+
+
+def test_a_checkpoint_that_was_moved_behind_a_link_is_used_and_pruned(tmp_path: Path) -> None:
+    path = lab.new(tmp_path / "tiny")
+
+    def work() -> list[int]:
+        run = lab.begun(path, keep_last=1)
+        lab.train(run)
+        lab.saved(run)
+        shutil.move(path / STEP.format(1), tmp_path / "elsewhere")
+        (path / STEP.format(1)).symlink_to(tmp_path / "elsewhere")
+        lab.again(run)
+        checkpoint.restore(run)
+        lab.train(run)
+        lab.saved(run)
+        return lab.steps(path)
+
+    assert lab.value(lab.apart(work, tmp_path)) == [2]
+    assert (tmp_path / "elsewhere" / "manifest.json").exists()
