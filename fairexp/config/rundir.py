@@ -10,12 +10,15 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
 from fairexp.config.attempt import publish
 from fairexp.errors import Fenced
+
+LOCK_S = 5.0  # a change of status.json takes some milliseconds
+_patience_s = LOCK_S
 
 
 def write_atomically(path: Path, text: str, workspace: Path | None = None) -> None:
@@ -88,7 +91,7 @@ class RunDir:
     def set_status(self, **changes: Any) -> None:
         """Changes keys of status.json, atomically, also when another process of this machine changes others just now."""
         with open(self.submit / "status.lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            _wait_for(lock)
             status = {**self.status(), **changes, "heartbeat": time.time()}
             self.write("status.json", json.dumps(status, indent=1) + "\n")
 
@@ -112,6 +115,22 @@ class RunDir:
             return json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
+
+
+def _wait_for(lock: IO[str]) -> None:
+    """Takes the lock, or goes on without it: a process that was stopped, or its lost node, may hold it for ever."""
+    global _patience_s
+    deadline = time.monotonic() + _patience_s
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _patience_s = LOCK_S
+            return
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                _patience_s = 0.1  # once is enough
+                return
+            time.sleep(0.01)
 
 
 def create(

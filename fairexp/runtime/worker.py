@@ -79,7 +79,11 @@ def main(run_dir: RunDir, beacon: Beacon | None = None) -> int:
     heartbeat.stop()  # two writers of status.json would lose each other's changes
     if run is not None:
         beacon.at("end", run.step)
-        end(run, code, time.monotonic() - began)
+        try:
+            end(run, code, time.monotonic() - began)
+        except Fenced as error:
+            print(error, file=sys.stderr, flush=True)
+            leave(FAILED)
     if here is not None:
         dist.leave(here)
     return code
