@@ -14,6 +14,7 @@ import struct
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -348,7 +349,9 @@ def _verified(run: Run, folder: Path) -> dict[str, Any]:
 
 
 def _take(run: Run, folder: Path, body: dict[str, Any], scalars: dict[str, Any]) -> None:
-    if wrong := [key for key, fits in STATE.items() if key not in scalars or not fits(scalars[key])]:
+    wrong = [key for key, fits in STATE.items() if key not in scalars or not fits(scalars[key])]
+    if wrong or not _is_guards(scalars["guard"], run.guard.windows):
+        wrong = wrong or ["guard"]
         raise RunError(f"{folder / 'state.json'}: its {' and '.join(wrong[:3])} can't be what fairexp wrote")
     if scalars["step"] != body["step"]:
         raise RunError(f"{folder / 'state.json'}: belongs to step {scalars['step']}")
@@ -398,7 +401,19 @@ STATE = {
     "precision": manifest.are_numbers,
     "param_groups": lambda value: isinstance(value, list),
     "optimizer": lambda value: isinstance(value, dict),
+    "guard": lambda value: isinstance(value, dict),
 }
+
+
+def _is_guards(state: dict[str, Any], windows_here: Iterable[str]) -> bool:
+    match state:
+        case {"windows": dict(windows), "num_skipped": skipped, "left_out": list(left_out)}:
+            return (
+                set(windows) == set(windows_here)
+                and all(isinstance(each, list) and all(map(manifest.is_number, each)) for each in windows.values())
+                and all(manifest.is_int(number) and number >= 0 for number in [skipped, *left_out])
+            )
+    return False
 
 
 def _check_optimizer(run: Run, folder: Path, tensors: dict[str, dict[str, Any]], scalars: dict[str, Any]) -> None:

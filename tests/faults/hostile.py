@@ -401,11 +401,16 @@ tensors("a generator of numpy that is one number", lambda t: t.update({NUMPY: to
 
 # --- the state ---
 
-for key in ("step", "precision", "param_groups", "optimizer", "final", "best", "evaluated"):
+for key in ("step", "precision", "guard", "param_groups", "optimizer", "final", "best", "evaluated"):
     changed(f"no {key} in the state", lambda body, state, key=key: state.pop(key))
     for what in ("x", 1e400, [1], {"x": ["y"]}, {"layers.0.weight": 3}):
         if key not in ("precision", "final", "best") or what != {"layers.0.weight": 3}:  # a name with a number may be
             changed(f"{key}: {what!r}", lambda body, state, key=key, what=what: state.update({key: what}))
+for key, what in (("windows", {"loss": ["x"], "gradient norm": []}), ("windows", {"other": []}), ("windows", [])):
+    changed(f"the guard's {key}: {what!r}", lambda b, state, key=key, what=what: state["guard"].update({key: what}))
+for what in ("x", [1.5], [-1], ["x"], None, [[1]]):
+    changed(f"the guard's num_skipped: {what!r}", lambda b, s, what=what: s["guard"].update(num_skipped=what))
+    changed(f"the guard's left_out: {what!r}", lambda b, s, what=what: s["guard"].update(left_out=what))
 changed("evaluated: null", lambda body, state: state.update(evaluated=None))
 changed("no parameter groups", lambda body, state: state.update(param_groups=[]))
 changed("a parameter group too many", lambda b, state: state["param_groups"].append({"params": []}))
@@ -437,6 +442,11 @@ def attacks(folder: Path, names: list[str] | None = None) -> list[tuple[str, str
         signal.signal(signal.SIGALRM, _hangs)
         now = int(Path("/proc/self/statm").read_text().split()[0]) * 4096
         resource.setrlimit(resource.RLIMIT_AS, (now + MOST_MEMORY, now + MOST_MEMORY))
+        with forged(path / STEP.format(2)):
+            pass
+        assert look(run)[0] == "it was loaded", (
+            "what was changed in nothing must be: else all that follows shows nothing"
+        )
         found = []
         for name in names or ATTACKS:
             shutil.rmtree(path)
