@@ -23,3 +23,7 @@ class Fenced(RunError):
 
     def __init__(self, what: object):
         super().__init__(f"another attempt has this run: {what} is not written, this one ends")
+
+
+class MachineError(RunError):
+    """What the machine did and not the run's code: under a scheduler the run starts again, as long as it gets on."""

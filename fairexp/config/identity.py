@@ -16,6 +16,7 @@ NOT_IDENTITY = {
     "tracker",
     "checkpoint",
     "trainer.num_workers",
+    "trainer.bad_samples",  # a run that meets none is the same; one that does goes on, and has written down which
     "trainer.log_every",
     "trainer.device",
     "guard.max_events",

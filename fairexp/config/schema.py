@@ -48,6 +48,7 @@ class Trainer:
     eval_batch_size: Positive | None
     deterministic: bool
     num_workers: Annotated[int, Bound(0)]
+    bad_samples: Annotated[int, Bound(0)]
     device: Literal["auto", "cpu", "cuda"]
     hang_timeout_s: Annotated[float, Bound(0, open=True)] | None
 

@@ -325,12 +325,13 @@ def stopped(run_dir: RunDir, node: Node) -> int:
 
 
 def failed(run_dir: RunDir, codes: dict[int, int], node: Node, number: int | None) -> int:
-    """An exception of the run's code ends the run. A rank that was killed, or lost sight of the others, is the machine's
-    fault: the run starts again, as long as it gets on; so does one that hung, also at a terminal."""
+    """An exception of the run's code ends the run. A rank or a data loading process that was killed, or a rank that lost sight
+    of the others, is the machine's fault: the run starts again, as long as it gets on; so does one that hung, also at a
+    terminal."""
     error = first_error(run_dir)
     hung = None if error else hang.verdict(run_dir, number)
     cause = hung.line if hung else root_cause(run_dir, codes, node)
-    if error or not (hung or node.kind.startswith(("slurm", "pool"))):
+    if (error and not error["machine"]) or not (hung or node.kind.startswith(("slurm", "pool"))):
         run_dir.set_status(state="failed", error=cause)
         return FAILED
     if hung:
@@ -350,8 +351,8 @@ def failed(run_dir: RunDir, codes: dict[int, int], node: Node, number: int | Non
             counts = after_failure(run_dir, status, hosts) if hosts else {}
             run_dir.set_status(state="preempted", error=cause, **counts)
             return PREEMPTED
-        if not hosts and first_cause(codes)[1] < 0:
-            hosts = [hung.host if hung else node.host]
+        if not hosts and (error or first_cause(codes)[1] < 0):
+            hosts = [hung.host if hung else error["host"] if error else node.host]
     return back_into_the_queue(run_dir, node, status, {"error": cause} | after_failure(run_dir, status, hosts))
 
 

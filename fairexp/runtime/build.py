@@ -15,6 +15,7 @@ from fairexp.config.rundir import RunDir
 from fairexp.errors import RunError
 from fairexp.optim.param_groups import split_decay
 from fairexp.runtime import data, dist, init
+from fairexp.runtime.bad_samples import BadSamples
 from fairexp.runtime.checkpoint import Saver
 from fairexp.runtime.ema import EMA
 from fairexp.runtime.guard import Guard
@@ -108,7 +109,12 @@ def build(run_dir: RunDir, config: Mapping[str, Any], here: dist.Place, stop: St
         task=make(config["task"]),
         ema=EMA(module, trainer.ema_decay) if trainer.ema_decay is not None else None,
         training=training,
-        fetch_training=data.Fetcher(datasets["train"], make(config["dataset"].get("augment")), seed),
+        fetch_training=data.Fetcher(
+            datasets["train"],
+            make(config["dataset"].get("augment")),
+            seed,
+            BadSamples(run_dir.logs, here.rank, trainer.bad_samples),
+        ),
         evaluation=data.evaluation_order(lengths["eval"], trainer.eval_batch_size or micro_batch_size, here),
         fetch_evaluation=data.Fetcher(datasets["eval"], None, seed),
         max_steps=max_steps,

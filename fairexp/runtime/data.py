@@ -6,9 +6,12 @@ and after any interruption; per-sample randomness is a function of (seed, epoch,
 
 from __future__ import annotations
 
+import multiprocessing
+import multiprocessing.connection
 import os
 import random
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,13 +23,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
-from fairexp.errors import RunError
+from fairexp.errors import MachineError, RunError
 from fairexp.lifetime import die_with
+from fairexp.runtime.bad_samples import Bad, BadSamples, reason
 from fairexp.runtime.dist import Place
 from fairexp.runtime.init import seed_of
 from fairexp.runtime.preempt import SIGNALS
 
 Augment = Callable[[Any, Tensor], Any]
+
+LOOKS_AT = 100  # samples, until one is found that takes a bad one's place
+SMALL_SHM_MIB = 64  # what a container has by default; a few batches fill it
 
 
 @runtime_checkable
@@ -46,6 +53,7 @@ class Part(NamedTuple):
     weight: int
     share: float
     epoch: int
+    step: int = 0  # the optimizer step that takes it, counted from one; 0: an evaluation
 
 
 class MicroBatch(NamedTuple):
@@ -56,7 +64,9 @@ class MicroBatch(NamedTuple):
     share: float
 
 
-def split(order: Tensor, begin: int, end: int, here: Place, micro_batch_size: int, epoch: int) -> list[Part]:
+def split(
+    order: Tensor, begin: int, end: int, here: Place, micro_batch_size: int, epoch: int, step: int = 0
+) -> list[Part]:
     """This rank's micro batches of the global batch order[begin:end]. Every rank gets the same number of them: a rank short of
     samples would leave the others waiting in a collective."""
     size = end - begin
@@ -70,7 +80,8 @@ def split(order: Tensor, begin: int, end: int, here: Place, micro_batch_size: in
         first, last = mine + num_mine * k // count, mine + num_mine * (k + 1) // count
         weight = last - first
         # one slice of the order a part: of a small step's time each is a percent
-        parts.append(Part(order[first:last] if weight else order[begin : begin + 1], weight, weight * scale, epoch))
+        mine_of_it = order[first:last] if weight else order[begin : begin + 1]
+        parts.append(Part(mine_of_it, weight, weight * scale, epoch, step))
     return parts
 
 
@@ -107,6 +118,7 @@ class TrainingOrder:
 
     def steps(self, first_step: int) -> Iterator[list[Part]]:
         epoch, within = divmod(self.batch_of(first_step), self.steps_per_epoch)
+        step = first_step
         while True:
             order = self.permutation(epoch)
             first = epoch * self.steps_per_epoch
@@ -115,7 +127,8 @@ class TrainingOrder:
                 start = batch * self.global_batch_size
                 end = min(start + self.global_batch_size, self.length)
                 if batch not in left_out:
-                    yield split(order, start, end, self.here, self.micro_batch_size, epoch)
+                    step += 1
+                    yield split(order, start, end, self.here, self.micro_batch_size, epoch, step)
             epoch, within = epoch + 1, 0
 
 
@@ -131,25 +144,82 @@ def evaluation_order(length: int, batch_size: int, here: Place) -> list[Part]:
 
 
 class Fetcher:
-    """Turns a part into a batch; it runs in the main process or in a data loading worker, with the same result."""
+    """Turns a part into a batch; it runs in the main process or in a data loading worker, with the same result.
 
-    def __init__(self, dataset: Any, augment: Augment | None, seed: int):
+    With `bad_samples`, a sample that can't be read is replaced by the next one that can, on any world size and after any
+    interruption the same; without, as for evaluation, it ends the run: a metric over other samples is another metric.
+    """
+
+    def __init__(self, dataset: Any, augment: Augment | None, seed: int, bad_samples: BadSamples | None = None):
         self.dataset = dataset
         self.augment = augment
         self.seed = seed
+        self.bad_samples = bad_samples
+        self.replaces = bad_samples is not None and bad_samples.most > 0
         self.gathers = isinstance(dataset, BatchDataset)
 
     def __getitem__(self, part: Part) -> Any:
-        if self.gathers:
-            samples = self.dataset.__getitems__(part.indices)
-            batch = default_collate(samples) if isinstance(samples, list) else samples
-            return self.augment(batch, self.seeds(part)) if self.augment else batch
+        return self.judge(part, *self.fetch(part))
+
+    def fetch(self, part: Part) -> tuple[Any, list[Bad]]:
+        """The batch, and the samples that were replaced in it; no batch, where one couldn't be."""
         seeds = self.seeds(part)
+        batch, bad = self._gather(part.indices) if self.gathers else self._collect(part.indices, seeds)
+        if batch is not None and self.augment:
+            batch = self.augment(batch, seeds)
+        return batch, bad
+
+    def judge(self, part: Part, batch: Any, bad: list[Bad]) -> Any:
+        """The batch, if the policy for bad samples allows it; in the main process."""
+        if bad and self.bad_samples is None:
+            raise RunError(f"dataset.eval: sample {bad[0].sample} can't be read: {bad[0].error}")
+        if bad and self.bad_samples is not None:
+            self.bad_samples.replace(bad, part.epoch, part.step)
+        return batch
+
+    def _gather(self, indices: Tensor) -> tuple[Any, list[Bad]]:
+        bad: list[Bad] = []
+        try:
+            samples = self.dataset.__getitems__(indices)
+        except Exception:  # which one was it?
+            found = [pair for index in indices.tolist() if (pair := self._find(index, self._one, bad))]
+            if len(found) < len(indices):
+                return None, bad
+            samples = self.dataset.__getitems__(torch.tensor([index for index, _ in found]))
+        return default_collate(samples) if isinstance(samples, list) else samples, bad
+
+    def _collect(self, indices: Tensor, seeds: Tensor) -> tuple[Any, list[Bad]]:
+        bad: list[Bad] = []
+        found = []
         with _isolated_random_state():
-            batch = default_collate(
-                [self._sample(*key) for key in zip(part.indices.tolist(), seeds.tolist(), strict=True)]
-            )
-        return self.augment(batch, seeds) if self.augment else batch
+            for index, seed in zip(indices.tolist(), seeds.tolist(), strict=True):
+                pair = self._find(index, partial(self._sample, seed=seed), bad)
+                if pair is None:
+                    return None, bad
+                found.append(pair)
+            return _collate(found), bad
+
+    def _find(self, index: int, read: Callable[[int], Any], bad: list[Bad]) -> tuple[int, Any] | None:
+        """The sample and its index; the next one that can be read, where it can't; None, where none takes its place."""
+        why = ""
+        for instead in range(index, index + (LOOKS_AT if self.replaces else 1)):
+            instead %= len(self.dataset)
+            for _ in range(2):  # a network file system may hiccup
+                try:
+                    sample = read(instead)
+                except MemoryError:
+                    raise
+                except Exception as error:
+                    why = why or reason(error)
+                else:
+                    if instead != index:
+                        bad.append(Bad(index, why, instead))
+                    return instead, sample
+        bad.append(Bad(index, why, None))
+        return None
+
+    def _one(self, index: int) -> Any:
+        return self.dataset.__getitems__(torch.tensor([index]))
 
     def _sample(self, index: int, seed: int) -> Any:
         # whatever generator a transform uses, it draws the same numbers for the same sample
@@ -180,6 +250,23 @@ def _isolated_random_state() -> Iterator[None]:
         random.setstate(states[2])
 
 
+def _collate(samples: list[tuple[int, Any]]) -> Any:
+    """One batch of the samples; a RunError in words where one isn't like the first."""
+    try:
+        return default_collate([sample for _, sample in samples])
+    except Exception as error:
+        if SHM_FULL in str(error):
+            raise
+        first = samples[0]
+        for other in samples[1:]:
+            try:
+                default_collate([first[1], other[1]])
+            except Exception as found:
+                same = f"samples {first[0]} and {other[0]} don't go into one batch"
+                raise RunError(f"the data set's {same}: {reason(found)}") from None
+        raise
+
+
 class _Keys:
     """A sampler for DataLoader: what a function yields."""
 
@@ -188,6 +275,47 @@ class _Keys:
 
     def __iter__(self) -> Iterator[Part]:
         return self.make()
+
+
+class _InWorker:
+    """The fetcher as a data loading process calls it. What goes wrong for which there are words comes back as a value: an
+    exception would come wrapped in the process's traceback."""
+
+    def __init__(self, fetcher: Fetcher):
+        self.fetcher = fetcher
+
+    def __getitem__(self, part: Part) -> tuple[Any, list[Bad]] | RunError:
+        try:
+            batch, bad = self.fetcher.fetch(part)
+            # now and not on the way: the queue's thread would print a traceback, drop the batch, and the run would wait for ever
+            return share(batch), bad
+        except RunError as error:
+            return error
+        except RuntimeError as error:
+            if SHM_FULL not in str(error):
+                raise
+            return MachineError(f"{SHM}: {reason(error)}")
+
+
+SHM_FULL = "shared memory"  # of torch's words for it
+SHM = "/dev/shm is full: enlarge it (mount -o remount,size=8G /dev/shm; docker run --shm-size=8g), or set trainer.num_workers=0"
+LIKELY = {
+    signal.SIGKILL: "out of memory? Fewer trainer.num_workers need less of it, or ask for more",
+    signal.SIGBUS: SHM,
+    signal.SIGSEGV: "a crash in compiled code that the data set calls",
+}
+
+
+def share(batch: Any) -> Any:
+    """The batch with every tensor in shared memory, in place; tuples, lists and dicts are walked."""
+    if isinstance(batch, Tensor):
+        batch.share_memory_()
+    elif isinstance(batch, dict):
+        share(list(batch.values()))
+    elif isinstance(batch, tuple | list):
+        for value in batch:
+            share(value)
+    return batch
 
 
 def _begin_worker(parent: int, worker: int) -> None:
@@ -219,21 +347,35 @@ class Batches:
         self.close()
         self._steps = self.order.steps(first_step)
         if self.num_workers:
-            # the workers walk the same order, micro batch by micro batch; they hand tensors over, never objects
-            loader: DataLoader[Any] = DataLoader(
-                self.fetcher,  # type: ignore[arg-type]
-                batch_size=None,
-                sampler=_Keys(lambda: (part for step in self.order.steps(first_step) for part in step)),  # type: ignore[arg-type]
-                num_workers=self.num_workers,
-                collate_fn=_identity,
-                generator=torch.Generator(),  # the loader draws its base seed: not from the dropout masks' generator
-                worker_init_fn=partial(_begin_worker, os.getpid()),
-                pin_memory=self.here.device.type == "cuda",
-            )
-            # until a worker ignores them: a signal would end it, or be handled by a copy of this process's handler
-            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-            self._batches = iter(loader)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+            self._start_workers(first_step)
+
+    def _start_workers(self, first_step: int) -> None:
+        free = os.statvfs("/dev/shm")
+        free_mib = free.f_bavail * free.f_frsize / 2**20
+        if free_mib <= SMALL_SHM_MIB and self.here.local_rank == 0:
+            line = f"/dev/shm has {free_mib:.0f} MiB free, and batches pass through it: enlarge it, or set trainer.num_workers=0"
+            print(line, file=sys.stderr, flush=True)
+        others, handler = multiprocessing.active_children(), signal.getsignal(signal.SIGCHLD)
+        # the workers walk the same order, micro batch by micro batch; they hand tensors over, never objects
+        loader: DataLoader[Any] = DataLoader(
+            _InWorker(self.fetcher),  # type: ignore[arg-type]
+            batch_size=None,
+            sampler=_Keys(lambda: (part for step in self.order.steps(first_step) for part in step)),  # type: ignore[arg-type]
+            num_workers=self.num_workers,
+            collate_fn=_identity,
+            generator=torch.Generator(),  # the loader draws its base seed: not from the dropout masks' generator
+            worker_init_fn=partial(_begin_worker, os.getpid()),
+            pin_memory=self.here.device.type == "cuda",
+        )
+        # until a worker ignores them: a signal would end it, or be handled by a copy of this process's handler
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        self._batches = iter(loader)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        self._workers = [child for child in multiprocessing.active_children() if child not in others]
+        # torch raises a worker's death wherever this process just is, such as in a save; here it is seen where a batch is
+        # taken, within torch's five seconds
+        if signal.getsignal(signal.SIGCHLD) is not handler:
+            signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
 
     def __iter__(self) -> Batches:
         return self
@@ -242,7 +384,7 @@ class Batches:
         began = time.perf_counter()
         step = [
             MicroBatch(
-                to_device(self.fetcher[part] if self._batches is None else next(self._batches), self.here.device),
+                to_device(self.fetcher[part] if self._batches is None else self._take(part), self.here.device),
                 part.weight,
                 part.share,
             )
@@ -251,9 +393,33 @@ class Batches:
         self.waited_s += time.perf_counter() - began
         return step
 
+    def _take(self, part: Part) -> Any:
+        """The next batch of the workers, which is the part's."""
+        assert self._batches is not None
+        try:
+            got = next(self._batches)
+        except Exception as error:
+            # torch has several for a worker that has gone; the process itself says which end it had
+            multiprocessing.connection.wait([worker.sentinel for worker in self._workers], timeout=1.0)
+            for worker in self._workers:
+                if worker.exitcode:
+                    raise _died(worker.pid, worker.exitcode) from error
+            raise
+        if isinstance(got, RunError):
+            raise got
+        return self.fetcher.judge(part, *got)
+
     def close(self) -> None:
         """Ends the workers."""
         self._batches = None
+
+
+def _died(pid: int | None, code: int) -> RunError:
+    what = f"data loading process {pid}"
+    if code > 0:
+        return RunError(f"{what} ended with exit code {code}; trainer.num_workers=0 shows why")
+    number = signal.Signals(-code)
+    return MachineError(f"{what} was killed by {number.name}: {LIKELY.get(number, 'by whom?')}")
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

@@ -19,10 +19,11 @@ import torch
 from fairexp.beacon import Beacon
 from fairexp.config import attempt
 from fairexp.config.rundir import RunDir
-from fairexp.errors import DISK, DONE, FAILED, INTERRUPTED, Fenced, RunError, UserError
+from fairexp.errors import DISK, DONE, FAILED, INTERRUPTED, Fenced, MachineError, RunError, UserError
 from fairexp.lifetime import leave
 from fairexp.runtime import build as building
 from fairexp.runtime import census, checkpoint, dist, loop
+from fairexp.runtime.bad_samples import replaced
 from fairexp.runtime.make import make, trust
 from fairexp.runtime.preempt import Stop
 
@@ -114,8 +115,10 @@ def end(run: building.Run, code: int, seconds: float) -> None:
     if not run.here.first:
         return
     if code == DONE:
-        summary = json.dumps(loop.summary(run, seconds), indent=1)
-        run.dir.write("summary.json", summary + "\n")
+        summary = loop.summary(run, seconds)
+        if others := replaced(run.dir.logs):
+            summary["bad_samples"] = len(others)  # it has trained on others in their place
+        run.dir.write("summary.json", json.dumps(summary, indent=1) + "\n")
     run.tracker.finish(code)
     # whether a run that stopped was cancelled or goes on, and whose fault an error is, says the job, which sees all ranks
     state = {DONE: "finished", INTERRUPTED: "interrupted", FAILED: "failed"}[code]
@@ -168,6 +171,7 @@ def record_error(run_dir: RunDir, error: Exception) -> None:
         "host": os.environ.get("FAIREXP_HOST", socket.gethostname()),
         "time": time.time(),
         "lost_peer": peer,
+        "machine": isinstance(error, MachineError),
         "error": text,
         "traceback": trace,
     }
