@@ -22,6 +22,7 @@ fairexp: config-driven experiments for PyTorch
   fairexp watch RUN              its progress, wherever it runs; a sweep's as a live table
   fairexp cancel RUNS            end queued and running runs, for good; a running one saves first
   fairexp requeue RUNS           stop jobs of Slurm and put them back into its queue
+  fairexp sync RUNS              send to W&B what their pages lack of metrics.jsonl
   fairexp compare RUNS           the results side by side; --over seed: mean and 95 % interval
   fairexp eval RUN [--step N]    evaluate a run's last checkpoint; key=value changes its config
   fairexp checkpoints RUN        what it has saved, verified byte for byte; --quick: by size
@@ -320,6 +321,15 @@ def requeue_runs(arguments: Sequence[str]) -> int:
     return FAILED if refused else 0
 
 
+def sync_runs(arguments: Sequence[str]) -> int:
+    """Brings runs' W&B pages up to their metrics.jsonl."""
+    flags, rest = take_flags(arguments, ("--runs-dir",), ())
+    runs = several_runs("sync", rest, flags)
+    from fairexp.launch.sync import sync
+
+    return sync(runs)
+
+
 def compare_runs(arguments: Sequence[str]) -> int:
     """Prints results side by side."""
     flags, rest = take_flags(arguments, ("--runs-dir", "--over", "--metric"), ("--json",))
@@ -396,6 +406,7 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "watch": watch,
     "cancel": cancel_runs,
     "requeue": requeue_runs,
+    "sync": sync_runs,
     "compare": compare_runs,
     "checkpoints": checkpoints,
     "verify-resume": verify_resume,

@@ -74,6 +74,18 @@ class StandIn:
         if "historyTail" in query:  # what a resuming client asks for
             run = self.runs.get(variables["name"])
             return {"model": {**project, "bucket": run and self._bucket(run)}}
+        if "RunFragment" in query:  # wandb.Api().run(...)
+            run = self.runs.get(variables["name"])
+            return {"project": project | {"run": run and self._public(run)}}
+        if "RunHistoryKeys" in query:
+            return {"project": {"run": {"historyKeys": self._public(self.runs[variables["name"]])["historyKeys"]}}}
+        if "RunParquetHistory" in query:
+            rows = self.runs[variables["runName"]].history
+            return {"project": {"run": {"parquetHistory": {"parquetUrls": [], "liveData": rows}}}}
+        if "HistoryPage" in query:
+            rows = self.runs[variables["run"]].history
+            page = [row for row in rows if variables["minStep"] <= row["_step"] < variables["maxStep"]]
+            return {"project": {"run": {"history": [json.dumps(row) for row in page]}}}
         if "serverInfo" in query:
             versions = {"latestLocalVersionInfo": None, "cliVersionInfo": {"max_cli_version": "999.0.0"}}
             return {"serverInfo": {"features": [], **versions}, "viewer": viewer}
@@ -106,6 +118,25 @@ class StandIn:
             "eventsLineCount": len(run.events),
             "historyTail": json.dumps([json.dumps(row) for row in run.history[-1:]]),
             "eventsTail": json.dumps([json.dumps(row) for row in run.events[-1:]]),
+        }
+
+    def _public(self, run: Run) -> dict[str, Any]:
+        """A run as wandb.Api shows it."""
+        bucket = self._bucket(run)
+        return {
+            **{
+                key: bucket[key]
+                for key in ("id", "name", "displayName", "tags", "config", "summaryMetrics", "historyLineCount")
+            },
+            "projectId": "1",
+            "state": run.state,
+            "user": {"name": "local", "username": "local"},
+            "readOnly": False,
+            "createdAt": "2026-01-01T00:00:00",
+            "heartbeatAt": "2026-01-01T00:00:00",
+            "systemMetrics": "{}",
+            "historyKeys": {"lastStep": len(run.history) - 1, "keys": {}},
+            **dict.fromkeys(("sweepName", "group", "jobType", "commit", "description", "notes")),
         }
 
     def file_stream(self, name: str, sent: dict[str, Any]) -> None:

@@ -141,7 +141,9 @@ def track(run: Run) -> None:
     """Opens metrics.jsonl and the tracker, on rank 0. Rows after the checkpoint that was loaded are dropped."""
     if not run.here.first:
         return
-    tracker = make(
+    metrics = Metrics(run.dir.path, Nothing(), run.dir.workspace)
+    metrics.drop_after(run.step)  # first: a tracker may send the rows that stay
+    metrics.tracker = make(
         run.config["tracker"],
         run_dir=run.dir.path,
         run_id=run.dir.id,
@@ -149,5 +151,4 @@ def track(run: Run) -> None:
         config=dict(run.config),
         resumed=run.step > 0,
     )
-    run.tracker = Metrics(run.dir.path, tracker, run.dir.workspace)
-    run.tracker.drop_after(run.step)
+    run.tracker = metrics

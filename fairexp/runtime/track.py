@@ -44,7 +44,7 @@ class Metrics:
         self._path = run_dir / "metrics.jsonl"
         self._draft = (workspace or run_dir) / "metrics.jsonl.tmp"
         self._file: int | None = None  # its descriptor
-        self._tracker = tracker
+        self.tracker = tracker
         self._step = 0
         self._logged: set[str] = set()  # the metrics that stand at self._step
 
@@ -64,7 +64,7 @@ class Metrics:
         if self._file is None:
             self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         self._append(_line({"step": step, **new}))
-        self._tell(self._tracker.log, new, step)
+        self._tell(self.tracker.log, new, step)
 
     def drop_after(self, step: int) -> None:
         """Forgets the rows after `step`, and a line that a kill tore; the file is replaced in one piece."""
@@ -99,15 +99,15 @@ class Metrics:
 
     def finish(self, exit_code: int) -> None:
         """Closes the tracker, which tells its page how the run ended."""
-        self._tell(self._tracker.finish, exit_code)
+        self._tell(self.tracker.finish, exit_code)
 
     def _tell(self, method: Callable[..., None], *arguments: Any) -> None:
         try:
             method(*arguments)
         except Exception as error:
-            what = f"{type(self._tracker).__name__}.{method.__name__}: {one_line(error)}"
+            what = f"{type(self.tracker).__name__}.{method.__name__}: {one_line(error)}"
             print(f"tracker off, the run and metrics.jsonl go on: {what}", file=sys.stderr, flush=True)
-            self._tracker = Nothing()
+            self.tracker = Nothing()
 
 
 def read(path: Path) -> list[dict[str, Any]]:

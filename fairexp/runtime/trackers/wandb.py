@@ -1,18 +1,22 @@
-"""`tracker=wandb`: the run on its Weights & Biases page, or recorded in RUN_DIR/wandb for `wandb sync`.
+"""`tracker=wandb`: the run on its Weights & Biases page, or recorded in RUN_DIR/wandb.
 
-It asks nothing, waits for a server no longer than it was told, and sends metrics, the config and hardware use: not the
+What the page lacks, since it was offline, failed or was killed, `fairexp sync` sends from metrics.jsonl, and so does a resumed
+run. It asks nothing, waits for a server no longer than it was told, and sends metrics, the config and hardware use: not the
 command line, the environment, the source or git's state, where keys and private paths are found.
 """
 
 import contextlib
 import os
+import queue
 import sys
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from fairexp.errors import PREEMPTED, UserError
-from fairexp.runtime.track import one_line
+from fairexp.errors import INTERRUPTED, UserError
+from fairexp.runtime.track import one_line, read
 
 if TYPE_CHECKING:
     import wandb
@@ -21,6 +25,8 @@ Mode = Literal["auto", "online", "offline", "disabled"]
 
 # An axis of our own: wandb's counts its calls and drops a row that goes back, so a resumed run would tear the curve.
 STEP = "trainer/step"
+MOST_WAITING = 10_000  # rows that wandb-core hasn't taken yet
+MARGIN_S = 5.0  # beyond wandb's own limits, which a frozen wandb-core doesn't keep
 
 
 class Wandb:
@@ -28,8 +34,9 @@ class Wandb:
 
     `mode: auto` does what the environment asks for: WANDB_MODE if it is set, else online where a key is found
     (WANDB_API_KEY, ~/.netrc, wandb's settings), else offline. Any other mode is taken as written, whatever WANDB_MODE
-    says. What can't start online records offline. Offline, each attempt is a folder of its own, and a resumed one
-    repeats the rows between the checkpoint and the kill.
+    says. What can't start online records offline.
+
+    A thread talks to wandb: a wandb-core that is frozen, as by a file system that hangs, would hold training up.
     """
 
     def __init__(
@@ -87,28 +94,79 @@ class Wandb:
             console="off",  # RUN_DIR/logs has the console
             silent=True,
         )
-        self._run = _start(wandb, chosen, settings, config)
+        self.later = f"fairexp sync {run_dir} fills the page from metrics.jsonl"
+        self.run = _start(wandb, chosen, settings, config, self.later)
+        self.online = self.run is not None and self.run.settings.mode == "online"
+        self._finish_s = finish_timeout_s + MARGIN_S
+        self._error: Exception | None = None
+        self._calls: queue.Queue[Callable[[], None] | None] = queue.Queue(MOST_WAITING)
+        self._thread = threading.Thread(target=self._talk, daemon=True)
+        self._thread.start()
         # Rows before this step are on the server already.
-        self._sent = self._run.summary.get(STEP, 0) if self._run is not None and self._run.resumed and resumed else 0
+        self._sent = self.run.summary.get(STEP, 0) if self.run is not None and self.run.resumed and resumed else 0
+        file = run_dir / "metrics.jsonl"
+        if self.online and resumed and file.exists():
+            # the last attempt was killed with its wandb-core, or couldn't reach the server: the rows that the page lacks
+            self._call(partial(self._send, [row for row in read(file) if row["step"] > self._sent]))
 
     def log(self, record: Mapping[str, float], step: int) -> None:
         # A run that was killed repeats the steps after its checkpoint. The last one sent comes again: it may lack its
         # evaluation.
-        if self._run is not None and step >= self._sent:
-            self._run.log({STEP: step, **record})
+        if self.run is not None and step >= self._sent:
+            self._call(partial(self.run.log, as_sent({"step": step, **record})))
 
     def finish(self, exit_code: int) -> None:
-        if self._run is None:
+        if self.run is None:
             return
-        if exit_code == PREEMPTED:
-            self._run.mark_preempting()  # the page says "preempted" and not "failed"
+        self._call(partial(self._end, exit_code))
+        self._call(None)
+        self._thread.join(self._finish_s)
+        if self._thread.is_alive():
+            self._error = TimeoutError(f"no answer from wandb-core in {self._finish_s:.0f} s")
+        if self._error:
+            raise self._failure(self._error)
+
+    def _send(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        assert self.run is not None
+        for row in rows:
+            self.run.log(as_sent(row))
+
+    def _call(self, call: Callable[[], None] | None) -> None:
+        if self._error:
+            raise self._failure(self._error)
         try:
-            self._run.finish(exit_code=exit_code)
-        except Exception as error:
-            raise RuntimeError(f"{_sync_later(self._run)} ({one_line(error)})") from error
+            self._calls.put_nowait(call)
+        except queue.Full:
+            raise Unsent(f"wandb-core takes no more rows; {self.later}") from None
+
+    def _talk(self) -> None:
+        while call := self._calls.get():
+            try:
+                call()
+            except Exception as error:
+                self._error = error
+                return
+
+    def _end(self, exit_code: int) -> None:
+        assert self.run is not None
+        if exit_code == INTERRUPTED:
+            self.run.mark_preempting()  # the page says "preempted" and not "failed": the same command goes on
+        self.run.finish(exit_code=exit_code)
+
+    def _failure(self, error: Exception) -> "Unsent":
+        return Unsent(f"{one_line(error)}; {self.later}")
 
 
-def _start(wandb: Any, mode: str, settings: Any, config: dict[str, Any]) -> "wandb.Run | None":
+class Unsent(Exception):
+    """Rows that the page lacks, why, and how to send them."""
+
+
+def as_sent(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of metrics.jsonl as the page has it."""
+    return {STEP if name == "step" else name: value for name, value in row.items()}
+
+
+def _start(wandb: Any, mode: str, settings: Any, config: dict[str, Any], later: str) -> "wandb.Run | None":
     """A started run: online if that is wanted and works, else offline; None if wandb can't even do that."""
     try:
         settings.mode = mode
@@ -122,10 +180,10 @@ def _start(wandb: Any, mode: str, settings: Any, config: dict[str, Any]) -> "wan
         run.define_metric(STEP, hidden=True)
         run.define_metric("*", step_metric=STEP)
     except Exception as error:
-        _say(f"wandb is off, the run and metrics.jsonl go on: {one_line(error)}")
+        _say(f"wandb is off, the run and metrics.jsonl go on: {one_line(error)}; {later}")
         return None
     if settings.mode == "offline":
-        _say(f"wandb: {why}recording offline; {_sync_later(run)}")
+        _say(f"wandb: {why}recording offline; {later}")
     elif run.url:
         _say(f"wandb: {run.url}")
     return run
@@ -143,10 +201,6 @@ def _online(wandb: Any, settings: Any, config: dict[str, Any]) -> "tuple[wandb.R
         with contextlib.suppress(SystemExit):  # teardown raises it when wandb-core ended badly
             wandb.teardown()  # the service keeps the id of the run that failed to start: "run ID is in use"
         return None, f"{one_line(error)}; "
-
-
-def _sync_later(run: "wandb.Run") -> str:
-    return f"upload with: wandb sync --include-online {run.settings.sync_dir}"
 
 
 def _say(line: str) -> None:
