@@ -6,6 +6,7 @@ import ctypes
 import os
 import signal
 import sys
+from contextlib import suppress
 from typing import NoReturn
 
 
@@ -18,6 +19,7 @@ def die_with(parent: int) -> None:
 
 def leave(code: int) -> NoReturn:
     """Ends the process without Python's finalization: gloo's threads race it, and up to one good run in ten would abort."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(code)

@@ -14,6 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
@@ -114,8 +115,9 @@ def _fork(k: int, environment: dict[str, str], log: Path, rank: Callable[[int], 
     except BaseException:
         traceback.print_exc()
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with suppress(OSError):  # a full disk; without an end here the child would go on as its parent
+            sys.stdout.flush()
+            sys.stderr.flush()
         os._exit(code)  # no finalization: gloo's threads race it, and up to one good run in ten would abort
 
 

@@ -8,11 +8,12 @@ import math
 import os
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 from fairexp.config.attempt import publish
-from fairexp.errors import Fenced
+from fairexp.errors import Fenced, RunError
 from fairexp.runtime.trackers.nothing import Nothing
 
 # Bare NaN and Infinity are not JSON, and most readers stop at them. `default` takes 0-d tensors and numpy's numbers.
@@ -75,6 +76,8 @@ class Metrics:
             self._file = os.open(self._draft, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_TRUNC, 0o666)
         except FileNotFoundError:
             raise Fenced(self._path) from None
+        except OSError as error:
+            raise _unwritten(self._path, error) from error
         self._append("".join(map(_line, rows)))
         os.fsync(self._file)  # before the rename: a crash must not leave an empty file under the final name
         publish(self._draft, self._path)
@@ -94,8 +97,9 @@ class Metrics:
             while data:
                 data = data[os.write(self._file, data) :]
         except OSError as error:
-            os.ftruncate(self._file, size)
-            raise OSError(error.errno, error.strerror, str(self._path)) from None
+            with suppress(OSError):
+                os.ftruncate(self._file, size)  # half a row would be in the way of the next one
+            raise _unwritten(self._path, error) from error
 
     def finish(self, exit_code: int) -> None:
         """Closes the tracker, which tells its page how the run ended."""
@@ -117,6 +121,10 @@ def read(path: Path) -> list[dict[str, Any]]:
     """
     lines = path.read_text(encoding="utf-8").split("\n")[:-1]
     return [{metric: _number(value) for metric, value in json.loads(line).items()} for line in lines]
+
+
+def _unwritten(path: Path, error: OSError) -> RunError:
+    return RunError(f"{path}: {error.strerror}; the same command goes on from the last checkpoint when that is mended")
 
 
 def one_line(error: Exception) -> str:

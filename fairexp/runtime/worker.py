@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import json
 import os
@@ -12,6 +11,7 @@ import sys
 import threading
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -85,6 +85,9 @@ def main(run_dir: RunDir, beacon: Beacon | None = None) -> int:
         except Fenced as error:
             print(error, file=sys.stderr, flush=True)
             leave(FAILED)
+        except OSError as error:
+            code = FAILED
+            record_error(run_dir, error)
     if here is not None:
         dist.leave(here)
     return code
@@ -146,6 +149,8 @@ class Heartbeat:
             except Fenced as error:
                 print(error, file=sys.stderr, flush=True)
                 leave(FAILED)
+            except OSError:  # a disk that is full now may not be so at the next beat
+                pass
 
     def stop(self) -> None:
         """No beat comes after this."""
@@ -162,7 +167,7 @@ def record_error(run_dir: RunDir, error: Exception) -> None:
         text, trace = f"rank {rank} lost another rank in a collective; that rank's log says why", ""
     elif isinstance(error, RunError | UserError):
         text, trace = str(error), ""
-    elif isinstance(error, OSError) and error.errno in DISK:
+    elif isinstance(error, OSError) and error.errno in DISK and error.filename:
         text, trace = f"{error.filename}: {error.strerror}; the same command goes on when that is mended", ""
     else:
         text, trace = f"{type(error).__name__}: {error}", traceback.format_exc()
@@ -175,9 +180,10 @@ def record_error(run_dir: RunDir, error: Exception) -> None:
         "error": text,
         "traceback": trace,
     }
-    with contextlib.suppress(Fenced):  # a later attempt isn't to take it for its own
+    with suppress(OSError):  # the disk that the log lies on may be the full one
+        print(trace or text, file=sys.stderr, flush=True)
+    with suppress(OSError, Fenced):  # a later attempt isn't to take it for its own
         run_dir.write(f"logs/error_{rank}.json", json.dumps(record) + "\n")
-    print(trace or text, file=sys.stderr, flush=True)
 
 
 def environment(here: dist.Place) -> dict[str, object]:
