@@ -61,11 +61,7 @@ class Watch:
         over = min(self._stood_still(self.beacons[k].last()) / limit for k in pids)
         if not (self._all_nodes(over) if len(self.node.hosts) > 1 else over > 1):
             return False
-        mine = self._facts(pids)
-        for pid in pids.values():  # they are judged: none gets on now, while the other nodes answer
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGSTOP)
-        facts = self._of_all_nodes(mine)
+        facts = self._of_all_nodes(self._facts(pids))
         record(self.run_dir, self.attempt, judge(facts), facts)
         return True
 
@@ -88,34 +84,37 @@ class Watch:
     # --- what is known ---
 
     def _facts(self, pids: Mapping[int, int]) -> list[Fact]:
-        """Looks at each rank before it asks for its stack: a stopped one runs again afterwards."""
+        """Looks at each rank before it asks for its stack, and stops it then: none gets on while it is judged."""
         began = time.monotonic()
         marks = {k: self.beacons[k].last() for k in pids}
         before = {k: _process(pid) for k, pid in pids.items()}
         if len(self.node.hosts) > 1 and any(state in "Tt" for state, _ in before.values()):
             time.sleep(LOOKS_S)  # the other nodes look first: when a stopped rank runs again, theirs get on
         workers = {k: _workers(pid)[:MOST_WORKERS] if marks[k].phase == "data" else [] for k, pid in pids.items()}
-        taken = stacks.take(
-            [
-                (
-                    pid,
-                    self.stacks_of(k),
-                    f"{time.strftime('%F %T')} rank {self._rank(k)}, process {pid}, "
-                    f"step {marks[k].step}, phase {marks[k].phase} for {began - marks[k].time:.0f} s",
-                )
-                for k, pid in pids.items()
-            ]
-        )
-        found = []
-        for (k, pid), stack in zip(pids.items(), taken, strict=True):
-            lasted, (state, cpu_s) = time.monotonic() - began, before[k]
+        running = [k for k in pids if before[k][0] not in "Tt"]
+        # a stopped rank runs for its answer; alone, and with the others stopped again, it doesn't get far
+        taken: dict[int, tuple[list[Frame], float]] = {}
+        for group in (running, *([k] for k in pids if k not in running)):
+            headings = {
+                k: f"{time.strftime('%F %T')} rank {self._rank(k)}, process {pids[k]}, "
+                f"step {marks[k].step}, phase {marks[k].phase} for {began - marks[k].time:.0f} s"
+                for k in group
+            }
+            found = stacks.take([(pids[k], self.stacks_of(k), heading) for k, heading in headings.items()])
+            for k, stack in zip(group, found, strict=True):
+                taken[k] = stack, (_process(pids[k])[1] - before[k][1]) / (time.monotonic() - began)
+                with suppress(ProcessLookupError):
+                    os.kill(pids[k], signal.SIGSTOP)
+        facts = []
+        for k in pids:
+            (state, _), (stack, load) = before[k], taken[k]
             seen = [
                 Worker(
                     child, letter, _ours(stacks.take([(child, self.stacks_of(k), f"data loading worker {child}")])[0])
                 )
                 for child, letter in workers[k]
             ]
-            found.append(
+            facts.append(
                 Fact(
                     rank=self._rank(k),
                     host=self.node.host,
@@ -124,12 +123,12 @@ class Watch:
                     marks=marks[k].count,
                     since=time.time() - (time.monotonic() - marks[k].time),
                     state=state,
-                    busy=state == "R" or _process(pid)[1] - cpu_s > lasted / 2,
+                    busy=state == "R" or load > 0.5,
                     stack=_ours(stack),
                     workers=[worker for worker in seen if not _idle(worker)],
                 )
             )
-        return found
+        return facts
 
     # --- the other nodes ---
 
