@@ -126,13 +126,20 @@ def attempt(run_dir: RunDir, node: Node) -> int:
         stacks.offer(watch.stacks_of(k))
         return worker.main(run_dir, signs[k])
 
+    over = False  # the job's time is, and we asked for another attempt
+
+    def told() -> bool:
+        nonlocal over
+        over = node.kind == "slurm" and node.first and keep_place(run_dir, node)
+        return over
+
     codes = supervise(
         per_node,
         environment,
         lambda k: run_dir.logs / f"rank_{node.index * per_node + k}.attempt_{number}.log",
         rank,
         launch["owner"],
-        told=lambda: node.kind == "slurm" and node.first and keep_place(run_dir, node),
+        told=told,
         hangs=watch.hangs,
         ends=EndsInTime(run_dir, slurm.ends_at(node)) if node.kind == "slurm" and node.first else None,
     )
@@ -145,7 +152,7 @@ def attempt(run_dir: RunDir, node: Node) -> int:
     if owner_is_gone(launch["owner"]):
         run_dir.set_status(state="failed", error=f"the command that followed it (process {launch['owner']}) was killed")
         return FAILED
-    return conclude(run_dir, codes, node, number)
+    return conclude(run_dir, codes, node, number, over)
 
 
 # --- before ---
@@ -284,9 +291,9 @@ def keep_place(run_dir: RunDir, node: Node) -> bool:
     return over
 
 
-def conclude(run_dir: RunDir, codes: dict[int, int], node: Node, number: int | None = None) -> int:
+def conclude(run_dir: RunDir, codes: dict[int, int], node: Node, number: int | None = None, over: bool = False) -> int:
     """The node's exit code from its ranks', after status.json says how the attempt ended and, where it should, the job is
-    back in the queue. `number`: of the attempt."""
+    back in the queue. `number`: of the attempt; `over`: the job's time was, so `keep_place` has asked for another one."""
     status = run_dir.status()
     if number is not None and (status["attempts"], status.get("submission")) != (number, node.submission):
         print(f"{run_dir.path}: another attempt has this run; nothing to say", file=sys.stderr, flush=True)
@@ -294,7 +301,7 @@ def conclude(run_dir: RunDir, codes: dict[int, int], node: Node, number: int | N
     if all(code == DONE for code in codes.values()):
         return DONE
     if all(code in (DONE, INTERRUPTED) for code in codes.values()):
-        return stopped(run_dir, node) if node.first else DONE  # all nodes' ranks stopped at one step
+        return stopped(run_dir, node, over) if node.first else DONE  # all nodes' ranks stopped at one step
     if node.kind != "slurm":
         return failed(run_dir, codes, node, number)
     if not _first_to_say(run_dir, node, codes):
@@ -302,7 +309,7 @@ def conclude(run_dir: RunDir, codes: dict[int, int], node: Node, number: int | N
     return failed(run_dir, codes, node, number)
 
 
-def stopped(run_dir: RunDir, node: Node) -> int:
+def stopped(run_dir: RunDir, node: Node, over: bool = False) -> int:
     """A signal stopped the ranks and they have saved: requeued exactly where the scheduler would let the run be lost."""
     status = run_dir.status()
     if node.kind != "slurm":
@@ -312,14 +319,14 @@ def stopped(run_dir: RunDir, node: Node) -> int:
     if now.cancelled or status.get("cancel"):
         run_dir.set_status(state="cancelled")
         return INTERRUPTED
-    if now.requeued:
+    if now.requeued and not over:
         run_dir.set_status(state="preempted")
         return PREEMPTED
-    if now.ending or status.get("signal") in (signal.SIGUSR1, signal.SIGUSR2):
+    if over or now.ending or status.get("signal") in (signal.SIGUSR1, signal.SIGUSR2):
         changes: dict[str, Any] = {"failures": 0}
         if last_saved(run_dir) <= status.get("resumed_at", 0):  # its whole time was not enough for a step
             changes = after_failure(run_dir, status, [])
-        return back_into_the_queue(run_dir, node, status, changes)
+        return back_into_the_queue(run_dir, node, status, changes, asked=now.requeued)
     run_dir.set_status(state="interrupted")
     return INTERRUPTED
 
@@ -356,15 +363,17 @@ def failed(run_dir: RunDir, codes: dict[int, int], node: Node, number: int | Non
     return back_into_the_queue(run_dir, node, status, {"error": cause} | after_failure(run_dir, status, hosts))
 
 
-def back_into_the_queue(run_dir: RunDir, node: Node, status: dict[str, Any], changes: dict[str, Any]) -> int:
-    """Asks for another attempt, unless the run doesn't get on."""
+def back_into_the_queue(
+    run_dir: RunDir, node: Node, status: dict[str, Any], changes: dict[str, Any], asked: bool = False
+) -> int:
+    """Asks for another attempt, where it isn't `asked` for already, unless the run doesn't get on."""
     most = run_dir.launch().get("max_failures", 3)
     if changes["failures"] >= most:
         why = changes.get("error") or "its time limit is too short for a step and a save"
         run_dir.set_status(**changes | {"state": "failed", "error": f"no progress in {most} attempts: {why}"})
         return FAILED
     run_dir.set_status(state="preempted", **changes)
-    if node.kind == "slurm" and not slurm.requeue(node, bad_hosts(status | changes)):
+    if node.kind == "slurm" and not asked and not slurm.requeue(node, bad_hosts(status | changes)):
         run_dir.set_status(state="interrupted", error="scontrol requeue was refused; the same command goes on")
         return INTERRUPTED
     return PREEMPTED
