@@ -26,7 +26,7 @@ fairexp: config-driven experiments for PyTorch
   fairexp compare RUNS           the results side by side; --over seed: mean and 95 % interval
   fairexp eval RUN [--step N]    evaluate a run's last checkpoint; key=value changes its config
   fairexp checkpoints RUN        what it has saved, verified byte for byte; --quick: by size
-  fairexp verify-resume [overrides]  prove for your model and data that a killed run goes on bit for bit
+  fairexp verify-resume [overrides]  prove that your training goes on bit for bit after a kill
   fairexp config [overrides]     print the resolved config, and where each value comes from
   fairexp doctor [overrides]     what a run here, or on launcher=slurm, would trip over
   fairexp doctor RUN             why it died or hangs
@@ -326,8 +326,9 @@ def sync_runs(arguments: Sequence[str]) -> int:
     flags, rest = take_flags(arguments, ("--runs-dir",), ())
     runs = several_runs("sync", rest, flags)
     from fairexp.launch.sync import sync
+    from fairexp.lifetime import leave
 
-    return sync(runs)
+    leave(sync(runs))
 
 
 def compare_runs(arguments: Sequence[str]) -> int:
