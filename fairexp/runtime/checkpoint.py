@@ -35,7 +35,7 @@ from fairexp.runtime.track import one_line
 if TYPE_CHECKING:
     from fairexp.runtime.build import Run
 
-SPARE_BYTES = 4 << 20  # left free beside a checkpoint: for metrics, logs and the manifest
+SPARE_BYTES = 1 << 20  # left free beside a checkpoint: for metrics, logs and the manifest
 SCALAR = bool | int | float | str | None
 
 
@@ -377,6 +377,8 @@ def _take(run: Run, folder: Path, body: dict[str, Any], scalars: dict[str, Any])
             generators[what] = torch.empty(stored.shape(key), dtype=stored.dtype(key))
             stored.read(key, stored.parts(key, generators[what]))
     _check_optimizer(run, folder, optimizer_state, scalars)
+    if generators and (missing := sorted({"torch", "python", "numpy"} - generators.keys())):
+        raise RunError(f"{folder}: has no state of rank {run.here.rank}'s generators of {' and '.join(missing)}")
     random_state = RandomState.of(generators) if generators else None
     parts = {name: stored.parts(name, tensor) for name, tensor in wanted.items()}
     for name in wanted:  # from here on the run changes

@@ -1,6 +1,7 @@
 """`fairexp verify-resume` of trainings that forget something, each in a process forked from this one, which holds torch; prints
 {case: [exit code, output]}."""
 
+import dataclasses
 import json
 import os
 import random
@@ -50,6 +51,15 @@ def wrong_best() -> None:
     checkpoint._scalars = lambda run: whole(run) | {"best": {}}
 
 
+def not_of_torch() -> None:
+    whole = checkpoint.RandomState.apply
+
+    def part(state: checkpoint.RandomState) -> None:
+        whole(dataclasses.replace(state, torch=torch.get_rng_state()))
+
+    checkpoint.RandomState.apply = part
+
+
 def nothing() -> None:
     pass
 
@@ -57,7 +67,7 @@ def nothing() -> None:
 CASES: dict[str, tuple[Callable[[], None], tuple[str, ...]]] = {
     "nothing": (nothing, ("trainer.ema_decay=0.9",)),
     "optimizer": (without("_tensors", "optim.head.weight."), ()),
-    "generator": (without("_tensors", "rng.0.torch"), ()),
+    "generator": (not_of_torch, ()),
     "weight": (without("_module_state", "head.bias"), ()),
     "average": (
         lambda: setattr(checkpoint, "_take", user_code.take_without_average(checkpoint._take)),
