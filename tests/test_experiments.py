@@ -25,7 +25,9 @@ def result_of(done: "subprocess.CompletedProcess[str]") -> dict:
     return json.loads(done.stdout)
 
 
-def test_the_quickstart_experiment_learns_and_wandb_records_it_offline_without_a_word_from_the_user(tmp_path: Path) -> None:
+def test_the_quickstart_experiment_learns_and_wandb_records_it_offline_without_a_word_from_the_user(
+    tmp_path: Path,
+) -> None:
     words = ["experiment=vit_digits", "launcher.num_processes=2", "trainer.max_steps=100", "trainer.eval_every=null"]
     result = result_of(train(tmp_path, *words))
     assert result["metrics"]["eval/top1"] > 0.3
@@ -40,7 +42,9 @@ def test_the_quickstart_experiment_learns_and_wandb_records_it_offline_without_a
 
 
 def test_the_resnet_experiment_learns(tmp_path: Path) -> None:
-    result = result_of(train(tmp_path, "experiment=resnet_digits", "trainer.max_steps=40", "tracker=none", "schedule.warmup=5"))
+    result = result_of(
+        train(tmp_path, "experiment=resnet_digits", "trainer.max_steps=40", "tracker=none", "schedule.warmup=5")
+    )
     assert result["metrics"]["eval/top1"] > 0.5
 
 
@@ -58,7 +62,14 @@ def test_one_batch_is_overfitted_and_a_model_that_cannot_is_told(tmp_path: Path)
 @pytest.mark.system
 @pytest.mark.skipif(not FASHION_MNIST.is_dir(), reason="needs Debian's dataset-fashion-mnist (scripts/test --system)")
 def test_a_small_resnet_learns_from_the_real_fashion_images(tmp_path: Path) -> None:
-    words = ["dataset=fashion_mnist", "model=resnet18", "model.stem=small", "model.width=8", "optimizer.lr=3e-3", "tracker=none"]
+    words = [
+        "dataset=fashion_mnist",
+        "model=resnet18",
+        "model.stem=small",
+        "model.width=8",
+        "optimizer.lr=3e-3",
+        "tracker=none",
+    ]
     result = result_of(train(tmp_path, *words, "trainer.max_steps=80", "launcher.num_processes=2", "strategy=ddp"))
     assert result["metrics"]["eval/top1"] > 0.65
 
@@ -72,9 +83,22 @@ def test_a_folder_of_jpegs_trains_the_same_with_workers_and_without(tmp_path: Pa
             folder.mkdir(parents=True)
             for number in range(count):
                 noisy = tuple(value + generator.randint(-30, 30) for value in colour)
-                image.new("RGB", (48 + 4 * number, 64), noisy).save(folder / f"{number}.{'png' if number % 2 else 'jpg'}")
-    words = ["dataset=image_folder", f"dataset.root='{tmp_path}/my images'", "dataset.num_classes=3", "dataset.image_size=32"]
-    words += ["model=resnet18", "model.stem=small", "model.width=8", "trainer.global_batch_size=12", "trainer.max_steps=8"]
+                image.new("RGB", (48 + 4 * number, 64), noisy).save(
+                    folder / f"{number}.{'png' if number % 2 else 'jpg'}"
+                )
+    words = [
+        "dataset=image_folder",
+        f"dataset.root='{tmp_path}/my images'",
+        "dataset.num_classes=3",
+        "dataset.image_size=32",
+    ]
+    words += [
+        "model=resnet18",
+        "model.stem=small",
+        "model.width=8",
+        "trainer.global_batch_size=12",
+        "trainer.max_steps=8",
+    ]
     words += ["trainer.log_every=1", "trainer.eval_every=null", "tracker=none"]
     losses = []
     for workers in (0, 2):

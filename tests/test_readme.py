@@ -53,7 +53,9 @@ def test_every_module_stands_in_the_file_tree() -> None:
 
 def test_the_files_of_a_run_folder_are_those_that_readme_names(tmp_path: Path) -> None:
     words = ["train", "model=mlp", "launcher.num_processes=2", "strategy=ddp", *SHORT]
-    subprocess.run([sys.executable, "-m", "fairexp", *words], cwd=tmp_path, capture_output=True, check=True, timeout=120)
+    subprocess.run(
+        [sys.executable, "-m", "fairexp", *words], cwd=tmp_path, capture_output=True, check=True, timeout=120
+    )
     (run_dir,) = (tmp_path / "runs").glob("*-*")
     (drawing,) = re.findall(r"### The run folder\n\n(.*?)\n\n", README, re.DOTALL)
     lines = [line.strip() for line in drawing.splitlines()[1:] if not line.startswith(" " * 20)]

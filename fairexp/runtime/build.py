@@ -41,7 +41,9 @@ class Run:
     here: dist.Place
     module: nn.Module  # the model by its own names: for state, never called
     model: nn.Module  # what is called: the module, or the strategy's wrapper around it
-    parameters: dict[str, nn.Parameter]  # the module's; walked once, since a walk costs more than a small step's kernels
+    parameters: dict[
+        str, nn.Parameter
+    ]  # the module's; walked once, since a walk costs more than a small step's kernels
     strategy: Strategy
     precision: Precision
     optimizer: torch.optim.Optimizer
