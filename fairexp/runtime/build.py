@@ -27,7 +27,7 @@ from fairexp.runtime.strategies.units import units
 from fairexp.runtime.track import Metrics
 from fairexp.runtime.trackers.nothing import Nothing
 
-Task = Callable[[nn.Module, Any], tuple[Tensor, dict[str, Tensor]]]
+Task = Callable[[nn.Module, Any], tuple[Tensor, dict[str, Tensor | tuple[Tensor, Tensor]]]]
 
 
 @dataclass

@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -58,12 +59,12 @@ def train_step(run: Run, micro_batches: list[MicroBatch], wants_norm: bool) -> t
     Each micro batch's mean loss counts by its share of the global batch, so unequal ones average as one big batch would.
     """
     total: Tensor | None = None
-    for micro_batch in micro_batches:
+    for micro_batch, share in zip(micro_batches, shares(run, micro_batches), strict=True):
         with run.strategy.last_micro_batch(run.model, micro_batch is micro_batches[-1]):
             with run.precision.autocast():
                 loss, _ = run.task(run.model, micro_batch.batch)
-            if micro_batch.share != 1.0:
-                loss = loss * micro_batch.share
+            if share is not None:
+                loss = loss * share
             run.precision.backward(loss)
         total = loss.detach() if total is None else total + loss.detach()
     assert total is not None
@@ -86,6 +87,20 @@ def train_step(run: Run, micro_batches: list[MicroBatch], wants_norm: bool) -> t
     for parameter in run.parameters.values():
         parameter.grad = None  # what optimizer.zero_grad() does, in a tenth of its time
     return total, grad_norm
+
+
+def shares(run: Run, micro_batches: list[MicroBatch]) -> Sequence[float | Tensor | None]:
+    """What each micro batch's mean loss counts, times the world size, by which DDP and FSDP divide; None is 1.
+
+    A mean over samples counts by their number, which every rank knows. Where a task weighs its batches, such as by tokens, the
+    ranks add up their weights first.
+    """
+    weigh = getattr(run.task, "weigh", None)
+    if weigh is None:
+        return [None if micro_batch.share == 1.0 else micro_batch.share for micro_batch in micro_batches]
+    weights = torch.stack([weigh(each.batch) * (each.weight > 0) for each in micro_batches]).double()
+    total = dist.sum_over_ranks(weights.sum())
+    return (weights * run.here.world_size / total.clamp(min=1)).unbind()
 
 
 def due(run: Run, step: int, every: int | None) -> bool:
@@ -143,6 +158,9 @@ def log(run: Run, loss: Tensor, grad_norm: Tensor | None, clock: Clock) -> None:
     run.final |= record
 
 
+LESS_IS_BETTER = ("loss", "perplexity", "bits_per_byte")
+
+
 def evaluate_and_log(run: Run) -> None:
     """Evaluates and logs; the best of each metric goes to summary.json."""
     record = {f"eval/{name}": value for name, value in evaluate(run).items()}
@@ -150,13 +168,14 @@ def evaluate_and_log(run: Run) -> None:
     run.final |= record
     run.evaluated = run.step
     for name, value in record.items():
-        better = min if name.endswith("loss") else max
+        better = min if name.endswith(LESS_IS_BETTER) else max
         run.best[name] = better(value, run.best.get(name, value))
 
 
 @torch.no_grad()
 def evaluate(run: Run) -> dict[str, float]:
-    """The task's loss and metrics over the evaluation set: means in which each sample counts exactly once, on any world size."""
+    """The task's loss and metrics over the evaluation set: means in which each sample counts exactly once, on any world size,
+    and what the task derives from them."""
     run.model.eval()
     dist.share_buffers(run.module)
     if run.ema:
@@ -166,23 +185,27 @@ def evaluate(run: Run) -> dict[str, float]:
         sums = _sum_over_evaluation_set(run)
     run.model.train()
     values = dist.sum_over_ranks(torch.stack(list(sums.values()))).tolist()
-    totals = dict(zip(sums, values, strict=True))
-    return {name: total / totals["weight"] for name, total in totals.items() if name != "weight"}
+    means = {name: total / weight for name, (total, weight) in zip(sums, values, strict=True)}
+    derive = getattr(run.task, "derive", None)
+    return means | derive(means) if derive else means
 
 
 def _sum_over_evaluation_set(run: Run) -> dict[str, Tensor]:
+    """By metric the sum of its values and that of their weights, float64: float32 sums of a large set lose whole samples."""
     sums: dict[str, Tensor] = {}
     for part in run.evaluation:
         run.beacon.at("evaluate", run.step)
         batch = to_device(run.fetch_evaluation[part], run.here.device)
         with run.precision.autocast():
             loss, metrics = run.task(run.model, batch)
-        for name, value in {"loss": loss, **metrics, "weight": torch.ones_like(loss)}.items():
-            # float64: float32 sums of a large set lose whole samples. A metric with a value a sample is summed exactly,
-            # a mean over the batch counts by its number of samples
-            value = value.double()
-            total = value[: part.weight].sum() if value.ndim else value * part.weight
-            sums[name] = sums.get(name, 0.0) + total
+        for name, value in {"loss": loss, **metrics}.items():
+            # a value a sample is summed exactly, with a weight each or 1; a mean over the batch counts by its number of samples
+            values, weights = value if isinstance(value, tuple) else (value, torch.ones_like(value))
+            if values.ndim:
+                both = torch.stack([values[: part.weight].double().sum(), weights[: part.weight].double().sum()])
+            else:
+                both = torch.stack([values, weights]).double() * part.weight
+            sums[name] = sums.get(name, 0.0) + both
     return sums
 
 
