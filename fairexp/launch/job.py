@@ -130,7 +130,8 @@ def attempt(run_dir: RunDir, node: Node) -> int:
 
     def told() -> bool:
         nonlocal over
-        over = node.kind == "slurm" and node.first and keep_place(run_dir, node)
+        if node.kind == "slurm" and node.first and not over:  # a second signal would see the job that was requeued
+            over = keep_place(run_dir, node)
         return over
 
     codes = supervise(
