@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,10 @@ def help_text() -> str:
     """One screen: the verbs and the options of each group."""
     from fairexp.config.groups import groups
 
-    lines = [f"  {group:<11}{', '.join(options)}" for group, options in groups().items()]
+    lines = [
+        textwrap.fill(f"  {group:<11}{', '.join(options)}", 99, subsequent_indent=" " * 13, break_on_hyphens=False)
+        for group, options in groups().items()
+    ]
     return HELP.format(groups="\n".join(lines))
 
 

@@ -53,11 +53,22 @@ def initialised(make: Callable[[], nn.Module]) -> Any:
         ("vit_tiny", 5_717_416),  # ViTs: timm and DeiT
         ("vit_small", 22_050_664),
         ("vit_base", 86_567_656),
+        ("transformer", 726_144 + 50_257 * 128),
+        ("gpt2_124m", 124_439_808),  # the checkpoint on Hugging Face
         ("mlp", 224 * 224 * 3 * 256 + 256 + 256 * 256 + 256 + 256 * 1000 + 1000),
     ],
 )
 def test_a_config_has_the_published_number_of_parameters(config: str, count: int) -> None:
-    target, arguments = load(CONFIGS / f"{config}.yaml", image_size=224, channels=3, num_classes=1000)
+    numbers = {"image_size": 224, "channels": 3, "num_classes": 1000, "vocab_size": 50_257, "seq_len": 1024}
+    target, arguments = load(CONFIGS / f"{config}.yaml", **numbers)
+    with torch.device("meta"):
+        model = target(**arguments)
+    assert sum(p.numel() for p in model.parameters()) == count
+
+
+@pytest.mark.parametrize(("config", "count"), [("llama_1b", 1_235_814_400), ("llama_8b", 8_030_261_248)])
+def test_a_llama_has_the_published_number_of_parameters(config: str, count: int) -> None:
+    target, arguments = load(CONFIGS / f"{config}.yaml", vocab_size=128_256, seq_len=8192)
     with torch.device("meta"):
         model = target(**arguments)
     assert sum(p.numel() for p in model.parameters()) == count
@@ -213,7 +224,7 @@ def test_impossible_arguments_are_named(make: Callable[[], nn.Module], message: 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_a_config_gives_every_argument_in_the_constructors_order(path: Path) -> None:
-    target, arguments = load(path, image_size=32, channels=3, num_classes=10)
+    target, arguments = load(path, image_size=32, channels=3, num_classes=10, vocab_size=50, seq_len=16)
     assert [*arguments] == [*inspect.signature(target).parameters]
 
 
