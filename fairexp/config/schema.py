@@ -125,6 +125,11 @@ class Slurm(Launcher):
     snapshot_exclude: list[str]
 
 
+# what fairexp itself reads of the optimizer section; its other keys are the optimizer's arguments
+OPTIMIZER: dict[str, Any] = {
+    "groups": list[dict[str, Any]] | None,
+    "layer_decay": Annotated[float, Bound(0, 1, open=True)] | None,
+}
 LAUNCHERS: dict[Any, type[Launcher]] = {"inline": Inline, "local": Local, "slurm": Slurm}
 
 

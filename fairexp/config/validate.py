@@ -29,6 +29,7 @@ TARGETS = ("model", "task", "optimizer", "schedule", "strategy", "tracker", "loo
 COUNTS = ("depth", "width", "hidden", "num_heads", "num_layers", "num_blocks", "num_classes", "num_samples")
 OURS = re.compile(r"(job[-_]name|array|output|error|wrap|parsable|requeue|no[-_]requeue|export.*|nodes|ntasks.*)")
 SECRET = re.compile(r".*(KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL).*", re.IGNORECASE)
+RULES = "a list of {match: a parameter's name or glob, and an optimizer's argument such as lr: 1e-2}"
 RATES = {
     **dict.fromkeys(("lr", "weight_decay", "momentum", "eps"), schema.Bound(0)),
     **dict.fromkeys(("dropout", "label_smoothing"), schema.Bound(0, 1)),
@@ -41,6 +42,7 @@ def problems(composed: Composed, gpus: int, trusted: Collection[str], working_di
         *sections(composed),
         *numbers(composed, composed.config),
         *called(composed, trusted, working_dir),
+        *param_groups(composed, working_dir),
         *lengths(composed),
         *batches(composed, gpus),
         *folders(composed),
@@ -161,20 +163,53 @@ def _call(
         yield "_target_", refusal(target)
         return
     later = GIVEN_LATER.get(dotted, ())
+    if dotted == "optimizer":
+        node = {key: value for key, value in node.items() if key not in schema.OPTIMIZER}
     if node.get("_partial_"):
         later = (*later, *signature.parameters)  # the receiver gives the rest
-    found = targets.check_arguments(signature, node, later)
-    if isinstance(node.get("lr"), str) and not any("'lr'" in problem for problem in found):
-        # torch says `float | Tensor`, and what a Tensor may be made of is not read
-        found.append(f"{signature.name}: 'lr' takes a number, got {node['lr']!r}")
-    for problem in found:
+    for problem in _unfit(signature, node, later):
         yield next((key for key in node if f"'{key}'" in problem), "_target_"), problem
+
+
+def param_groups(composed: Composed, working_dir: Path) -> Iterator[str]:
+    """What fairexp reads of the optimizer section: types, and the keys of a group, which are the optimizer's arguments."""
+    node = composed.config.get("optimizer")
+    if not isinstance(node, Mapping):
+        return
+    for key in (key for key in schema.OPTIMIZER if key in node):
+        if not schema.fits(node[key], schema.OPTIMIZER[key]):
+            takes = RULES if key == "groups" else schema.allowed(schema.OPTIMIZER[key])
+            yield f"{composed.at(f'optimizer.{key}')}: takes {takes}, got {schema.shown(node[key])}"
+    rules = node.get("groups")
+    for number, group in enumerate(rules if schema.fits(rules, schema.OPTIMIZER["groups"]) and rules else []):
+        where = composed.at(f"optimizer.groups.{number}")
+        match = group.get("match")
+        if not match or not schema.fits(match, str | list[str]):
+            yield f"{where}: needs 'match', a parameter's name or glob such as head.*, or a list of them"
+        elif len(group) == 1:
+            yield f"{where}: changes nothing; add an argument of the optimizer, such as lr: 1e-2"
+        try:
+            signature = _signature(str(node.get("_target_")), str(working_dir))
+        except targets.TargetError:
+            return
+        arguments = {key: value for key, value in group.items() if key != "match"}
+        for problem in _unfit(signature, {**arguments, "_partial_": True}, ()):
+            yield f"{where}: {problem}"
 
 
 @cache
 def _signature(target: str, working_dir: str) -> targets.Signature:
     """Read once for all jobs of a sweep."""
     return targets.find(target, [working_dir])
+
+
+def _unfit(signature: targets.Signature, node: Mapping[str, Any], later: Collection[str]) -> list[str]:
+    """What is wrong with the arguments."""
+    found = targets.check_arguments(signature, node, later)
+    if isinstance(node.get("lr"), str) and not any("'lr'" in problem for problem in found):
+        # torch says `float | Tensor`, and what a Tensor may be made of is not read
+        found.append(f"{signature.name}: 'lr' takes a number, got {node['lr']!r}")
+    return found
 
 
 def nodes(node: Any, prefix: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:

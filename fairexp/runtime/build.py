@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,11 +14,11 @@ from fairexp.beacon import Beacon
 from fairexp.config import schema
 from fairexp.config.rundir import RunDir
 from fairexp.errors import RunError
-from fairexp.optim.param_groups import split_decay
+from fairexp.optim.param_groups import param_groups
 from fairexp.runtime import data, dist, init
 from fairexp.runtime.bad_samples import BadSamples
 from fairexp.runtime.checkpoint import Saver
-from fairexp.runtime.ema import EMA
+from fairexp.runtime.ema import EMA, ScheduleFree
 from fairexp.runtime.guard import Guard
 from fairexp.runtime.make import locate, make
 from fairexp.runtime.precision import Precision, precision
@@ -50,6 +51,9 @@ class Run:
     schedule: Callable[[int], float]  # optimizer step -> factor on each group's initial_lr
     task: Task
     ema: EMA | None
+    averaged: Callable[
+        [], AbstractContextManager[None]
+    ]  # around an evaluation: the averaged weights, where there are some
     training: data.TrainingOrder
     fetch_training: data.Fetcher
     evaluation: list[data.Part]
@@ -88,6 +92,13 @@ def build(run_dir: RunDir, config: Mapping[str, Any], here: dist.Place, stop: St
     # after the strategy: FSDP replaces the parameters
     optimizer = _optimizer(config["optimizer"], module, trainer)
 
+    ema = EMA(module, trainer.ema_decay) if trainer.ema_decay is not None else None
+    averaged = ema.applied if ema else nullcontext
+    if callable(getattr(optimizer, "eval", None)):  # a schedule-free one
+        if ema:
+            raise RunError("trainer.ema_decay: the optimizer averages the weights itself; set it to null")
+        averaged = ScheduleFree(module, optimizer).applied
+
     datasets = {part: make(config["dataset"][part]) for part in ("train", "eval")}
     lengths = {part: data.length(dataset, part) for part, dataset in datasets.items()}
     per_rank = -(-trainer.global_batch_size // here.world_size)
@@ -109,7 +120,8 @@ def build(run_dir: RunDir, config: Mapping[str, Any], here: dist.Place, stop: St
         optimizer=optimizer,
         schedule=make(config["schedule"], max_steps=max_steps),
         task=make(config["task"]),
-        ema=EMA(module, trainer.ema_decay) if trainer.ema_decay is not None else None,
+        ema=ema,
+        averaged=averaged,
         training=training,
         fetch_training=data.Fetcher(
             datasets["train"],
@@ -128,13 +140,22 @@ def build(run_dir: RunDir, config: Mapping[str, Any], here: dist.Place, stop: St
 
 
 def _optimizer(node: Mapping[str, Any], module: nn.Module, trainer: schema.Trainer) -> torch.optim.Optimizer:
-    parameters = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
-    if not parameters:
+    arguments = {key: value for key, value in node.items() if key not in schema.OPTIMIZER}
+    rules = node.get("groups") or []
+    decays = "weight_decay" in node or any("weight_decay" in rule for rule in rules)
+    try:
+        split_decay = decays and not trainer.decay_norm_and_bias
+        groups = param_groups(module.named_parameters(), rules, node.get("layer_decay"), split_decay)
+    except ValueError as error:
+        raise RunError(f"optimizer.{error}") from error
+    if not groups:
         raise RunError("the model has no parameter that requires a gradient")
-    exclude = "weight_decay" in node and not trainer.decay_norm_and_bias
-    params = split_decay(parameters) if exclude else [parameter for _, parameter in parameters]
-    optimizer = make(node, params=params)
+    try:
+        optimizer = make(arguments, params=groups)
+    except ValueError as error:
+        raise RunError(f"optimizer: {error}") from error
     for group in optimizer.param_groups:
+        group["lr"] *= group.pop("lr_scale", 1.0)
         group["initial_lr"] = group["lr"]
     return optimizer
 

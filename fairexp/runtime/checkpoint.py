@@ -483,7 +483,11 @@ def _scalars(run: Run) -> dict[str, Any]:
     groups = [
         {
             "params": [names[id(parameter)] for parameter in group["params"]],
-            **{key: _json(value, f"group's {key}") for key, value in group.items() if key != "params"},
+            **{
+                key: _json(value, f"group's {key}")
+                for key, value in group.items()
+                if key not in ("params", "param_names")
+            },
         }
         for group in run.optimizer.param_groups
     ]

@@ -178,10 +178,7 @@ def evaluate(run: Run) -> dict[str, float]:
     and what the task derives from them."""
     run.model.eval()
     dist.share_buffers(run.module)
-    if run.ema:
-        with run.ema.applied():
-            sums = _sum_over_evaluation_set(run)
-    else:
+    with run.averaged():
         sums = _sum_over_evaluation_set(run)
     run.model.train()
     values = dist.sum_over_ranks(torch.stack(list(sums.values()))).tolist()
