@@ -43,6 +43,13 @@ TINY = (
     "tracker=none",
 )
 
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Of several test processes one runs a whole file, whose tests share their runs; and one all that share the cluster."""
+    group = "slurm" if "slurm" in item.path.parts else item.path.name
+    item.add_marker(pytest.mark.xdist_group(group))
+
+
 Fairexp = Callable[..., subprocess.CompletedProcess[str]]
 Tiny = Callable[..., "Trained"]
 
