@@ -68,6 +68,7 @@ CASES: dict[str, tuple[Callable[[], None], tuple[str, ...]]] = {
     "nothing": (nothing, ("trainer.ema_decay=0.9",)),
     "optimizer": (without("_tensors", "optim.head.weight."), ()),
     "generator": (not_of_torch, ()),
+    "generator not saved": (without("_tensors", "rng.0.torch"), ()),
     "weight": (without("_module_state", "head.bias"), ()),
     "average": (
         lambda: setattr(checkpoint, "_take", user_code.take_without_average(checkpoint._take)),

@@ -46,6 +46,12 @@ def test_a_state_that_is_forgotten_is_named(said: dict[str, tuple[int, str]], ca
     assert f"does not resume bit for bit: {NAMED[case]}" in output
 
 
+def test_a_generator_that_was_not_saved_is_named(said: dict[str, tuple[int, str]]) -> None:
+    code, output = said["generator not saved"]
+    assert code == 1, output
+    assert "step_00000003: has no state of rank 0's generators of torch" in output
+
+
 def test_it_is_a_verb(fairexp: Fairexp, tmp_path: Path) -> None:
     words = ("model=mlp", "model.hidden=[16]", "strategy=fsdp", "launcher.num_processes=2", "trainer.device=cpu")
     ended = fairexp("verify-resume", *words, "--steps", "2", f"runs_dir={tmp_path}", cwd=tmp_path)
