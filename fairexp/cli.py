@@ -31,6 +31,7 @@ fairexp: config-driven experiments for PyTorch
   fairexp config [overrides]     print the resolved config, and where each value comes from
   fairexp doctor [overrides]     what a run here, or on launcher=slurm, would trip over
   fairexp doctor RUN             why it died or hangs
+  fairexp prep FILES --out DIR   text, JSONL or Parquet files -> token shards; --tokenizer bpe:8192
 
   RUN is a folder, a name, an id, the beginning of one, or a job; RUNS also a sweep.
   overrides are Hydra's grammar; --cfg job, --info, --hydra-help are answered by Hydra (train)
@@ -401,6 +402,55 @@ def verify_resume(arguments: Sequence[str]) -> int:
     return verify(overrides, folders, flags.get("--config-name", ["train"])[-1], flags.get("--trust", []), int(steps))
 
 
+def prep(arguments: Sequence[str]) -> int:
+    """Makes token shards of text files."""
+    values = ("--out", "--tokenizer", "--field", "--split-on", "--encoding", "--end-of-document")
+    numbers = ("--workers", "--shard-tokens", "--seed", "--valid")
+    flags, rest = take_flags(arguments, (*values, *numbers), ())
+    if not rest:
+        raise UserError("prep: takes files, globs or URLs of text, .jsonl or .parquet, and --out DIR")
+    if "--out" not in flags:
+        raise UserError("prep: --out DIR is missing: where the shards go")
+    given = {flag.removeprefix("--").replace("-", "_"): words[-1] for flag, words in flags.items()}
+    from fairexp.prep.prep import Asked, prep
+    from fairexp.prep.sources import Reading
+
+    asked = Asked(
+        sources=tuple(rest),
+        out=Path(given["out"]).expanduser(),
+        tokenizer=given.get("tokenizer", "bytes"),
+        end=given.get("end_of_document"),
+        reading=Reading(given.get("field", "text"), given.get("split_on"), given.get("encoding", "utf-8").lower()),
+        valid=fraction("--valid", given.get("valid", "0.01")),
+        seed=whole("--seed", given.get("seed", "0"), 0),
+        shard_tokens=whole("--shard-tokens", given.get("shard_tokens", str(1 << 28)), 1),
+        workers=whole("--workers", given.get("workers", str(len(os.sched_getaffinity(0)))), 1),
+    )
+    return prep(asked)
+
+
+def whole(flag: str, text: str, least: int) -> int:
+    """A flag's number; 1_000 and 1e6 are numbers too."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = float("nan")
+    if not (least <= number < 1 << 62 and number == int(number)):
+        raise UserError(f"{flag}: takes a whole number >= {least}, got {text}")
+    return int(text) if text.isdigit() else int(number)
+
+
+def fraction(flag: str, text: str) -> float:
+    """A flag's number in [0, 1)."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = float("nan")
+    if not 0 <= number < 1:
+        raise UserError(f"{flag}: takes a fraction from 0 to below 1, got {text}")
+    return number
+
+
 VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train,
     "eval": evaluate,
@@ -416,4 +466,5 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "checkpoints": checkpoints,
     "verify-resume": verify_resume,
     "doctor": examine,
+    "prep": prep,
 }

@@ -73,6 +73,13 @@ def test_nothing_before_the_job_imports_torch_or_what_holds_it() -> None:
     assert [each for each in imports() if room(each) in BEFORE_THE_JOB and each.of(*holds_torch)] == []
 
 
+def test_prep_imports_numpy_and_no_torch() -> None:
+    others = ("torch", "hydra", "omegaconf", "submitit", *(f"fairexp.{name}" for name in ("runtime", "launch", *SHELF)))
+    found = [each for each in imports() if room(each) == "prep"]
+    assert [each for each in found if each.of(*others)] == []
+    assert any(each.of("numpy") for each in found)
+
+
 def test_only_the_job_imports_the_runtime_and_only_when_it_is_called() -> None:
     found = [each for each in imports() if room(each) in BEFORE_THE_JOB and each.of("fairexp.runtime")]
     assert [each for each in found if not each.inside or each.file not in STARTS_THE_RUNTIME] == []

@@ -1,0 +1,1 @@
+"""Text -> token shards (`fairexp prep`): files into blocks, blocks into tokens, tokens into shards. No torch."""

@@ -1,0 +1,439 @@
+"""`fairexp prep`: the same shards from the same text, whoever works on it and however often it is interrupted; and what is wrong
+with a source, in one line."""
+
+import gzip
+import hashlib
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fairexp import cli
+from fairexp.prep import prep as prepping
+from fairexp.prep import shards, sources
+
+WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "größe", "naïve", "東京", "runs"]
+
+
+def text(number: int, words: int = 30) -> str:
+    """A made-up document."""
+    return " ".join(WORDS[(number * 7 + i * i) % len(WORDS)] for i in range(number % words + 1)) + f" {number}"
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that little text has several."""
+    monkeypatch.setattr(sources, "BLOCK_BYTES", 2000)
+    monkeypatch.setattr(sources, "CHUNK", 512)
+    monkeypatch.setattr(sources, "REACH", 64)
+    monkeypatch.setattr(
+        os, "fsync", lambda descriptor: None
+    )  # no power failure is tested, and a slow disk would be waited for
+
+
+@pytest.fixture
+def lines(tmp_path: Path) -> Path:
+    """300 documents, one a line."""
+    path = tmp_path / "lines.jsonl"
+    path.write_text("".join(json.dumps({"id": n, "text": text(n)}, ensure_ascii=n % 2 == 0) + "\n" for n in range(300)))
+    return path
+
+
+def prep(*words: object) -> int:
+    return cli.main(["prep", *map(str, words)])
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def meta_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "meta.json").read_text())
+
+
+def texts(folder: Path, split: str) -> list[str]:
+    """The documents of a folder of bytes."""
+    meta = meta_of(folder)
+    facts = meta["splits"][split]
+    stream = np.concatenate(
+        [np.zeros(0, meta["dtype"]), *(np.fromfile(folder / each["file"], "<u2") for each in facts["shards"])]
+    )
+    ends = np.fromfile(folder / facts["index"]["file"], "<u8").astype(int)
+    found = [stream[begin:end] for begin, end in zip([0, *ends[:-1]], ends, strict=True)]
+    assert all(each[-1] == 256 and (each[:-1] < 256).all() for each in found)
+    assert (len(stream), len(found)) == (facts["tokens"], facts["documents"])
+    return [each[:-1].astype(np.uint8).tobytes().decode() for each in found]
+
+
+# What comes out
+
+
+def test_every_line_is_a_document_once_and_in_order(lines: Path, tmp_path: Path) -> None:
+    assert prep(lines, "--out", tmp_path / "out", "--valid", 0.2, "--workers", 1) == 0
+    train, valid = (texts(tmp_path / "out", split) for split in ("train", "valid"))
+    assert sorted(train + valid) == sorted(text(n) for n in range(300))
+    assert train == sorted(train, key=lambda each: int(each.split()[-1]))
+    assert 30 < len(valid) < 90
+    meta = meta_of(tmp_path / "out")
+    assert sum(meta["splits"][split]["bytes"] for split in ("train", "valid")) == sum(
+        len(text(n).encode()) for n in range(300)
+    )
+    for split in ("train", "valid"):
+        for each in [*meta["splits"][split]["shards"], meta["splits"][split]["index"]]:
+            assert hashlib.sha256((tmp_path / "out" / each["file"]).read_bytes()).hexdigest() == each["sha256"]
+
+
+@pytest.mark.parametrize("kind", ["jsonl.gz", "parquet", "txt", "url"])
+def test_any_kind_of_file_gives_the_same_documents(lines: Path, tmp_path: Path, kind: str) -> None:
+    path, flags = tmp_path / f"other.{kind}", []
+    if kind == "jsonl.gz":
+        path.write_bytes(gzip.compress(lines.read_bytes()))
+    elif kind == "parquet":
+        pyarrow = pytest.importorskip("pyarrow")
+        from pyarrow import parquet
+
+        table = pyarrow.table({"id": range(300), "body": [text(n) for n in range(300)]})
+        parquet.write_table(table, path, row_group_size=40)
+        flags = ["--field", "body"]
+    elif kind == "txt":
+        path.write_text("\n\n".join(text(n) for n in range(300)))
+        flags = ["--split-on", r"\n\n+"]
+    else:
+        pytest.importorskip("fsspec")
+        path, _ = f"file://{tmp_path}/*.jsonl", flags  # type: ignore[assignment]
+    assert prep(path, "--out", tmp_path / "out", "--valid", 0, "--workers", 1, *flags) == 0
+    assert texts(tmp_path / "out", "train") == [text(n) for n in range(300)]
+
+
+def test_a_packed_file_gives_the_same_bytes_as_a_plain_one(lines: Path, tmp_path: Path) -> None:
+    (tmp_path / "packed.jsonl.gz").write_bytes(gzip.compress(lines.read_bytes()))
+    for source, out in ((lines, "plain"), (tmp_path / "packed.jsonl.gz", "packed")):
+        assert prep(source, "--out", tmp_path / out, "--valid", 0.2, "--workers", 1) == 0
+    plain, packed = meta_of(tmp_path / "plain"), meta_of(tmp_path / "packed")
+    assert plain["fingerprint"] == packed["fingerprint"]
+
+
+def test_each_text_file_is_a_document_and_empty_ones_are_left_out(tmp_path: Path) -> None:
+    for number in range(20):
+        (tmp_path / f"{number:02}.txt").write_text(text(number) * (number % 5 > 0))
+    assert prep(tmp_path / "*.txt", "--out", tmp_path / "out", "--valid", 0, "--workers", 1) == 0
+    assert texts(tmp_path / "out", "train") == [text(number) for number in range(20) if number % 5]
+    assert meta_of(tmp_path / "out")["empty_documents"] == 4
+
+
+def test_documents_behind_others_leave_the_split_of_those_as_it_was(lines: Path, tmp_path: Path) -> None:
+    assert prep(lines, "--out", tmp_path / "before", "--valid", 0.3, "--workers", 1) == 0
+    with lines.open("a") as file:
+        file.writelines(json.dumps({"text": text(n)}) + "\n" for n in range(300, 400))
+    assert prep(lines, "--out", tmp_path / "after", "--valid", 0.3, "--workers", 1) == 0
+    before, after = (texts(tmp_path / out, "valid") for out in ("before", "after"))
+    assert after[: len(before)] == before
+    assert len(after) > len(before)
+    assert prep(lines, "--out", tmp_path / "seed", "--valid", 0.3, "--workers", 1, "--seed", 1) == 0
+    assert texts(tmp_path / "seed", "valid") != after
+
+
+def test_shards_have_one_size_and_are_one_stream(lines: Path, tmp_path: Path) -> None:
+    for size in (1000, 10**6):
+        flags = ["--shard-tokens", size, "--valid", 0.1, "--workers", 1]
+        assert prep(lines, "--out", tmp_path / str(size), *flags) == 0
+    sizes = [each["tokens"] for each in meta_of(tmp_path / "1000")["splits"]["train"]["shards"]]
+    assert len(sizes) > 5
+    assert set(sizes[:-1]) == {1000}
+    for split in ("train", "valid"):
+        assert texts(tmp_path / "1000", split) == texts(tmp_path / str(10**6), split)
+
+
+# Tokenizers
+
+
+def test_a_bpe_is_trained_alike_each_time_and_gives_the_text_back(lines: Path, tmp_path: Path) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    for out in ("one", "two"):
+        assert prep(lines, "--out", tmp_path / out, "--tokenizer", "bpe:300", "--valid", 0.2, "--workers", 1) == 0
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    meta = meta_of(tmp_path / "one")
+    assert meta["vocab_size"] == 300
+    tokenizer = tokenizers.Tokenizer.from_file(str(tmp_path / "one/tokenizer.json"))
+    stream = np.fromfile(tmp_path / "one/train_00000.bin", "<u2")
+    decoded = tokenizer.decode(stream.tolist(), skip_special_tokens=False).split("<|endoftext|>")
+    assert prep(lines, "--out", tmp_path / "bytes", "--valid", 0.2, "--workers", 1) == 0
+    assert decoded == [*texts(tmp_path / "bytes", "train"), ""]
+    bytes_of = np.fromfile(tmp_path / "one/token_bytes.bin", "<u2").astype(int)
+    assert bytes_of[stream].sum() == meta["splits"]["train"]["bytes"]
+
+
+def test_a_tokenizer_that_is_given_is_copied_and_the_end_of_text_in_a_text_ends_nothing(
+    lines: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("tokenizers")
+    assert prep(lines, "--out", tmp_path / "one", "--tokenizer", "bpe:300", "--workers", 1) == 0
+    file = tmp_path / "one/tokenizer.json"
+    (tmp_path / "trap.txt").write_text("before <|endoftext|> after")
+    flags = ["--tokenizer", file, "--valid", 0, "--workers", 1]
+    assert prep(tmp_path / "trap.txt", "--out", tmp_path / "two", *flags) == 0
+    assert (tmp_path / "two/tokenizer.json").read_bytes() == file.read_bytes()
+    meta = meta_of(tmp_path / "two")
+    assert meta["tokenizer"] == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert np.fromfile(tmp_path / "two/train_00000.bin", "<u2").tolist().count(meta["end_of_document"]) == 1
+    assert meta["token_bytes"], "it stands for as many bytes as it is long"
+
+
+def test_a_vocabulary_above_65_536_takes_four_bytes_a_token(tmp_path: Path) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    vocabulary = {"</s>": 0, "fox": 70_000}
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="</s>"))
+    words.save(str(tmp_path / "words.json"))
+    (tmp_path / "a.txt").write_text("fox")
+    flags = ["--tokenizer", tmp_path / "words.json", "--valid", 0, "--workers", 1]
+    assert prep(tmp_path / "a.txt", "--out", tmp_path / "out", *flags) == 0
+    assert np.fromfile(tmp_path / "out/train_00000.bin", "<u4").tolist() == [70_000, 0]
+    meta = meta_of(tmp_path / "out")
+    assert (meta["dtype"], meta["vocab_size"], meta["token_bytes"]) == ("uint32", 70_001, None)
+
+
+# Again, beside each other, and after a kill
+
+
+def test_two_processes_make_the_same_bytes_as_one(lines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "BLOCK_BYTES", 8000)
+    for workers in (1, 2):
+        flags = ["--valid", 0.1, "--workers", workers, "--shard-tokens", 3000]
+        assert prep(lines, "--out", tmp_path / str(workers), *flags) == 0
+    assert contents(tmp_path / "1") == contents(tmp_path / "2")
+
+
+class Killed(BaseException):
+    """What nothing catches: the disk stays as it was at that moment."""
+
+
+def test_it_goes_on_from_any_moment_to_the_same_bytes_and_makes_nothing_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = tmp_path / "lines.jsonl"
+    lines.write_text("".join(json.dumps({"text": text(n)}) + "\n" for n in range(50)))
+    flags = ["--valid", 0.1, "--workers", 1, "--shard-tokens", 1500]
+    assert prep(lines, "--out", tmp_path / "whole", *flags) == 0
+    whole = contents(tmp_path / "whole")
+    assert len(whole) >= 6
+    make_block, made = shards.make_block, []
+
+    def noted(job: shards.Job, number: int, block: Any) -> Any:
+        made.append(number)
+        return make_block(job, number, block)
+
+    for at in itertools.count(1):
+        out, moment = tmp_path / str(at), itertools.count(1)
+
+        def dies(function: Callable[..., Any], at: int = at, moment: Iterator[int] = moment) -> Callable[..., Any]:
+            def call(*args: Any) -> Any:
+                if next(moment) == at:
+                    raise Killed
+                return function(*args)
+
+            return call
+
+        with monkeypatch.context() as patch:
+            for name in ("write", "close"):
+                patch.setattr(shards.Out, name, dies(getattr(shards.Out, name)))
+            patch.setattr(shards, "write_json", dies(shards.write_json))
+            try:
+                assert prep(lines, "--out", out, *flags) == 0
+            except Killed:
+                assert not out.exists()
+            else:
+                assert at > 40
+                return
+        done = {int(path.stem.partition("_")[2]) for path in (tmp_path / f"{at}.partial/work").glob("block_*.json")}
+        made.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(shards, "make_block", noted)
+            assert prep(lines, "--out", out, *flags) == 0
+        assert contents(out) == whole
+        assert not done & set(made), "a block that was done was made again"
+
+
+def test_what_is_no_longer_whole_is_made_again(lines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = ["--valid", 0.1, "--workers", 1, "--shard-tokens", 2000]
+    assert prep(lines, "--out", tmp_path / "whole", *flags) == 0
+    out, draft = tmp_path / "out", tmp_path / "out.partial"
+    monkeypatch.setattr(shards, "write_index", lambda *args: (_ for _ in ()).throw(Killed))
+    with pytest.raises(Killed):
+        prep(lines, "--out", out, *flags)
+    monkeypatch.undo()
+    monkeypatch.setattr(sources, "BLOCK_BYTES", 2000)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    data = bytearray((draft / "train_00002.bin").read_bytes())
+    data[100] ^= 1
+    (draft / "train_00002.bin").write_bytes(data)
+    (draft / "train_00003.bin").write_bytes(b"")
+    (draft / "work/block_000001.train.lengths").write_bytes(b"12345678")
+    assert prep(lines, "--out", out, *flags) == 0
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_after_kill_9_of_all_its_processes_the_same_command_goes_on(
+    tmp_path: Path, environment: dict[str, str]
+) -> None:
+    source = tmp_path / "many.jsonl"
+    with source.open("w") as file:
+        file.writelines(json.dumps({"text": text(n, 400) * 20}) + "\n" for n in range(300))
+    code = """
+import sys
+from fairexp import cli
+from fairexp.prep import sources
+
+sources.BLOCK_BYTES = 1 << 18
+sys.exit(cli.main())
+"""
+    command = [sys.executable, "-c", code, "prep", str(source), "--workers", "1", "--tokenizer", "bytes", "--out"]
+    first = subprocess.Popen([*command, str(tmp_path / "out")], env=environment, stderr=subprocess.DEVNULL)
+    work = tmp_path / "out.partial/work"
+    while first.poll() is None and len(list(work.glob("block_*.json"))) < 5:
+        time.sleep(0.005)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    assert not (tmp_path / "out").exists()
+    for out in ("out", "again"):
+        assert subprocess.run([*command, str(tmp_path / out)], env=environment).returncode == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "again")
+
+
+def test_asked_again_it_is_there_and_asked_otherwise_it_is_something_else(
+    lines: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert prep(lines, "--out", out, "--workers", 1) == 0
+    before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    assert prep(lines, "--out", out, "--workers", 2) == 0
+    assert "made before" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
+    assert prep(lines, "--out", out, "--valid", 0.5) == 2
+    assert f"--out {out}: was made from other sources or with other flags" in capsys.readouterr().err
+    os.truncate(out / "train_00000.bin", 10)
+    assert prep(lines, "--out", out) == 2
+    assert "train_00000.bin: is not whole" in capsys.readouterr().err
+
+
+def test_a_source_that_has_changed_meanwhile_makes_it_begin_anew(
+    lines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(shards, "write_index", lambda *args: (_ for _ in ()).throw(Killed))
+    with pytest.raises(Killed):
+        prep(lines, "--out", tmp_path / "out", "--workers", 1)
+    monkeypatch.undo()
+    lines.write_text(lines.read_text().replace("fox", "cat"))
+    assert prep(lines, "--out", tmp_path / "out", "--workers", 1, "--valid", 0) == 2
+    assert prep(lines, "--out", tmp_path / "out", "--workers", 1) == 0
+    assert "begins anew" in capsys.readouterr().err
+    assert "fox" not in " ".join(texts(tmp_path / "out", "train"))
+
+
+def test_one_works_in_a_folder_at_a_time(lines: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "out.partial").mkdir()
+    with prepping._alone(tmp_path / "out.partial"):
+        assert prep(lines, "--out", tmp_path / "out") == 2
+    assert "another `fairexp prep` is at work there" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_one_line_that_names_the_file(
+    lines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    opened = shards.Out.__init__
+
+    def full(self: shards.Out, path: Path) -> None:
+        opened(self, path)
+        self.file.close()
+        self.file = open("/dev/full", "wb")  # noqa: SIM115
+
+    monkeypatch.setattr(shards.Out, "__init__", full)
+    assert prep(lines, "--out", tmp_path / "out", "--workers", 1) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"fairexp: {tmp_path}/out.partial/work/block_000000.train.bin: No space left on device")
+    monkeypatch.undo()
+    assert prep(lines, "--out", tmp_path / "out", "--workers", 1) == 0
+
+
+# What is wrong, in one line
+
+
+GOOD = '{"text": "a"}\n'
+BAD: dict[str, tuple[str, bytes, list[str], str]] = {
+    "not JSON": ("a.jsonl", (GOOD * 400 + '{"text": \n').encode(), [], "a.jsonl:401: is not JSON"),
+    "a field": ("a.jsonl", (GOOD + '{"txt": "a"}\n').encode(), [], "a.jsonl:2: has no field 'text'; nearest: txt"),
+    "no text": ("a.jsonl", (GOOD + '{"text": 3}\n').encode(), [], "a.jsonl:2: its 'text' is not a text but a int"),
+    "no object": ("a.jsonl", (GOOD + "[1]\n").encode(), [], "a.jsonl:2: is not a JSON object but a list"),
+    "surrogate": ("a.jsonl", (GOOD + '{"text": "\\ud800"}\n').encode(), [], "a.jsonl:2: its 'text' holds half of"),
+    "UTF-8 line": ("a.jsonl", GOOD.encode() + b'{"text": "\xff"}\n', [], "a.jsonl:2: is not UTF-8 (byte 0xff)"),
+    "UTF-8 text": ("a.txt", b"x\n" * 3000 + b"\xe9\n", [], "a.txt:3001: is not UTF-8 (byte 0xe9); --encoding names"),
+    "UTF-8 part": (
+        "a.txt",
+        b"x\n\n" * 3000 + b"\xe9\n",
+        ["--split-on", r"\n\n"],
+        "a.txt:6001: is not UTF-8 (byte 0xe9); --encoding names",
+    ),
+    "damaged": ("a.txt.gz", gzip.compress(b"x" * 5000)[:-9], [], "a.txt.gz: damaged: "),
+    "no gzip": ("a.txt.gz", b"text", [], "a.txt.gz: damaged: Not a gzipped file"),
+    "no table": ("a.parquet", b"text", [], "a.parquet: not a Parquet file"),
+    "one JSON": ("a.json", b"{}", [], "a.json: JSON is taken as one object a line, in files that end in .jsonl"),
+    "nothing": ("a.txt", b"", [], "no text to train on"),
+    "regex": ("a.txt", b"x", ["--split-on", "("], "--split-on (: not a regular expression"),
+    "nothing to split on": ("a.txt", b"x", ["--split-on", r"\n*"], r"--split-on \n*: matches nothing at all"),
+    "encoding": ("a.txt", b"x", ["--encoding", "utf-16"], "--encoding utf-16: takes utf-8, or one that holds ASCII"),
+    "spec": ("a.txt", b"x", ["--tokenizer", "bpe"], "--tokenizer bpe: bpe:SIZE takes a vocabulary of 257 to"),
+    "word": ("a.txt", b"x", ["--tokenizer", "byte"], "--tokenizer byte: no such file; takes bytes, bpe:SIZE or"),
+    "its file": ("a.txt", b"x", ["--tokenizer", "a.txt"], "tokenizer.json: not a tokenizer.json"),
+    "workers": ("a.txt", b"x", ["--workers", "0"], "--workers: takes a whole number >= 1, got 0"),
+    "valid": ("a.txt", b"x", ["--valid", "1"], "--valid: takes a fraction from 0 to below 1, got 1"),
+    "flag": ("a.txt", b"x", ["--worker", "1"], "--worker: no such flag of this verb; nearest: --workers"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_is_wrong_with_a_source_is_one_line_that_names_it(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    name, data, flags, message = BAD[case]
+    Path(name).write_bytes(data)
+    assert prep(name, "--out", "out", "--workers", 1, *flags) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert line.startswith("fairexp: ")
+    assert not Path("out").exists()
+
+
+def test_sources_that_are_none_are_all_named(
+    lines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    assert prep("missing.txt", "*.none", "folder", lines, "--out", "out") == 2
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == "fairexp: missing.txt: No such file or directory"
+    assert said[1] == "fairexp: *.none: no such file"
+    assert said[2].startswith("fairexp: folder: is a folder; name its files, such as 'folder/**/*.txt'")
+    assert prep(lines, lines, "--out", "out") == 2
+    assert "named twice" in capsys.readouterr().err
+    assert prep(lines) == 2
+    assert "--out DIR is missing" in capsys.readouterr().err
+    Path("file").touch()
+    assert prep(lines, "--out", "file/out") == 2
+    assert "Not a directory" in capsys.readouterr().err
+
+
+def test_prep_loads_no_torch(lines: Path, tmp_path: Path, environment: dict[str, str]) -> None:
+    code = "import sys; from fairexp import cli; code = cli.main(sys.argv[1:]); print(*sys.modules); sys.exit(code)"
+    command = [sys.executable, "-c", code, "prep", str(lines), "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert not {"torch", "wandb", "submitit", "hydra"} & set(done.stdout.split())
