@@ -483,7 +483,10 @@ def test_no_strength_is_no_change() -> None:
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_config_arguments_stand_in_the_constructors_order(path: Path) -> None:
     config = yaml.safe_load(path.read_text())
-    assert {"train", "eval", "augment", "image_size", "channels", "num_classes"} <= config.keys()
+    if base := config.get("defaults"):
+        config = yaml.safe_load(path.with_name(f"{base[0]}.yaml").read_text()) | config
+    sizes = {"vocab_size", "seq_len"} if "vocab_size" in config else {"image_size", "channels", "num_classes"}
+    assert {"train", "eval", "augment", *sizes} <= config.keys()
     assert ("expects" in config) == ("root" in config)
     for section in ("train", "eval", "augment"):
         if config[section]:

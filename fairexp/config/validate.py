@@ -78,6 +78,8 @@ def sections(composed: Composed) -> Iterator[str]:
                 yield f"dataset.{part}: missing; takes a section with a _target_"
             elif not isinstance(value, Mapping) and (value is not None or part != "augment"):
                 yield f"{composed.at(f'dataset.{part}')}: takes a section with a _target_, got {schema.shown(value)}"
+        if not isinstance(shuffle := config["dataset"].get("shuffle", True), bool):
+            yield f"{composed.at('dataset.shuffle')}: takes true or false, got {schema.shown(shuffle)}"
     for key, value in objects.items():
         if isinstance(value, Mapping) and "_target_" not in value:
             yield f"{composed.at(key)}: has no _target_"

@@ -293,7 +293,7 @@ def restore(run: Run) -> None:
     for step in reversed(steps):
         folder = run.dir.checkpoints / f"step_{step:08d}"
         try:
-            load(run, folder)
+            load(run, folder, goes_on=True)
             return
         except Damaged as damage:
             if run.here.first:
@@ -306,12 +306,16 @@ def restore(run: Run) -> None:
         raise RunError(f"{run.dir.checkpoints}: no checkpoint is whole; remove the damaged ones to start from step 0")
 
 
-def load(run: Run, folder: Path) -> None:
+def load(run: Run, folder: Path, goes_on: bool = False) -> None:
     """Gives the run the state of the checkpoint; all ranks take part. Any strategy and world size may have written it.
-    Damaged on all ranks, where a file isn't what was written: before anything of the run has changed."""
+    Damaged on all ranks, where a file isn't what was written: before anything of the run has changed. With `goes_on`, on
+    the data that it was trained on: RunError, where dataset.train is known to be other data."""
     try:
         body = _verified(run, folder)
-        _take(run, folder, body, manifest.read_json(folder / "state.json"))
+        scalars = manifest.read_json(folder / "state.json")
+        if goes_on:
+            _check_data(run, folder, scalars)
+        _take(run, folder, body, scalars)
     except (RunError, Damaged):
         raise
     except OSError as error:
@@ -392,6 +396,40 @@ def _take(run: Run, folder: Path, body: dict[str, Any], scalars: dict[str, Any])
     run.guard.load(scalars["guard"])
     run.step, run.final, run.best = scalars["step"], scalars["final"], scalars["best"]
     run.evaluated = scalars["evaluated"]
+
+
+def _check_data(run: Run, folder: Path, scalars: dict[str, Any]) -> None:
+    """RunError, where the data set isn't the one that the checkpoint was trained on, as far as both say what they are."""
+    there, here = scalars.get("data", {}), _fingerprint(run)
+    if not _is_fingerprint(there):
+        raise RunError(f"{folder / 'state.json'}: its data can't be what fairexp wrote")
+    if not there:
+        return
+    if not here:
+        raise RunError(f"{folder}: was trained on data with a fingerprint, and dataset.train's {_kind(run)} has none")
+    if other := [key for key in {**there, **here} if there.get(key) != here.get(key)]:
+        said = ", ".join(
+            f"{key} was {there.get(key, 'not there')}, is {here.get(key, 'not there')}" for key in other[:5]
+        )
+        raise RunError(f"dataset.train: not the data that {folder.name} was trained on: {said}")
+
+
+def _fingerprint(run: Run) -> dict[str, str | int]:
+    """What the training data set says of its content; nothing, where it says nothing."""
+    found = getattr(run.fetch_training.dataset, "fingerprint", {})
+    if not _is_fingerprint(found):
+        raise RunError(f"dataset.train: the fingerprint of {_kind(run)} isn't a dict of texts and whole numbers")
+    return found
+
+
+def _kind(run: Run) -> str:
+    return type(run.fetch_training.dataset).__qualname__
+
+
+def _is_fingerprint(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(key, str) and (isinstance(fact, str) or manifest.is_int(fact)) for key, fact in value.items()
+    )
 
 
 # what state.json says: a _target_ or a text where the loop expects a number would surface there, as somebody else's error
@@ -506,6 +544,7 @@ def _scalars(run: Run) -> dict[str, Any]:
         "final": run.final,
         "best": run.best,
         "evaluated": run.evaluated,
+        **({"data": data} if (data := _fingerprint(run)) else {}),
     }
 
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
+from fairexp.datasets.mixture import CHUNK, permuted
 from fairexp.errors import MachineError, RunError
 from fairexp.lifetime import die_with
 from fairexp.runtime.bad_samples import Bad, BadSamples, reason
@@ -33,6 +34,9 @@ from fairexp.runtime.preempt import SIGNALS
 Augment = Callable[[Any, Tensor], Any]
 
 LOOKS_AT = 100  # samples, until one is found that takes a bad one's place
+MOST_IN_MEMORY = (
+    1 << 24
+)  # samples whose order is drawn by torch.randperm: 8 bytes each, in every data loading process too
 SMALL_SHM_MIB = 64  # what a container has by default; a few batches fill it
 
 
@@ -64,8 +68,40 @@ class MicroBatch(NamedTuple):
     share: float
 
 
+class Order(Protocol):
+    """A sample's index for each place of an epoch."""
+
+    def __getitem__(self, places: slice) -> Tensor: ...
+
+
+class Computed:
+    """An order of any length in no memory: computed where it is looked at, some ten thousand places at once. Without a seed the
+    samples stand as they are."""
+
+    def __init__(self, length: int, seed: int | None):
+        self.length = length
+        self.seed = seed
+        self.chunk = -1  # the number of the one that is at hand
+        self.indices = torch.empty(0, dtype=torch.int64)
+
+    def __getitem__(self, places: slice) -> Tensor:
+        begin, end = places.start or 0, min(self.length if places.stop is None else places.stop, self.length)
+        if self.seed is None:
+            return torch.arange(begin, max(begin, end))
+        found = []
+        while begin < end:
+            chunk = begin // CHUNK
+            if chunk != self.chunk:
+                there = np.arange(chunk * CHUNK, min((chunk + 1) * CHUNK, self.length))
+                self.chunk, self.indices = chunk, torch.from_numpy(permuted(there, self.length, self.seed))
+            part = self.indices[begin - chunk * CHUNK : end - chunk * CHUNK]
+            found.append(part)
+            begin += len(part)
+        return found[0] if len(found) == 1 else torch.cat(found) if found else self.indices[:0]
+
+
 def split(
-    order: Tensor, begin: int, end: int, here: Place, micro_batch_size: int, epoch: int, step: int = 0
+    order: Order, begin: int, end: int, here: Place, micro_batch_size: int, epoch: int, step: int = 0
 ) -> list[Part]:
     """This rank's micro batches of the global batch order[begin:end]. Every rank gets the same number of them: a rank short of
     samples would leave the others waiting in a collective."""
@@ -87,18 +123,31 @@ def split(
 
 class TrainingOrder:
     """The parts of every step from `first_step` on: an epoch is a seeded permutation, cut into global batches. The last one of
-    an epoch may be smaller: every sample is seen once an epoch. `left_out`: the numbers of the batches that no step takes."""
+    an epoch may be smaller: every sample is seen once an epoch. `left_out`: the numbers of the batches that no step takes.
+    Without `shuffle` the samples come as the data set has them: it brings its own order."""
 
-    def __init__(self, length: int, global_batch_size: int, micro_batch_size: int, here: Place, seed: int):
+    def __init__(
+        self,
+        length: int,
+        global_batch_size: int,
+        micro_batch_size: int,
+        here: Place,
+        seed: int,
+        shuffle: bool = True,
+    ):
         self.length = length
         self.global_batch_size = global_batch_size
         self.micro_batch_size = micro_batch_size
         self.here = here
         self.seed = seed
         self.steps_per_epoch = -(-length // global_batch_size)
+        self.shuffle = shuffle
         self.left_out: list[int] = []
 
-    def permutation(self, epoch: int) -> Tensor:
+    def permutation(self, epoch: int) -> Order:
+        """The epoch's order."""
+        if not self.shuffle or self.length > MOST_IN_MEMORY:
+            return Computed(self.length, seed_of(self.seed, "order", epoch) if self.shuffle else None)
         generator = torch.Generator().manual_seed(seed_of(self.seed, "order", epoch))
         return torch.randperm(self.length, generator=generator)
 
@@ -112,7 +161,8 @@ class TrainingOrder:
     def samples(self, batch: int) -> tuple[int, list[list[int]]]:
         """The global batch's epoch, and its samples by rank."""
         epoch, within = divmod(batch, self.steps_per_epoch)
-        samples = self.permutation(epoch)[within * self.global_batch_size :][: self.global_batch_size].tolist()
+        start = within * self.global_batch_size
+        samples = self.permutation(epoch)[start : start + self.global_batch_size].tolist()
         ranks, size = self.here.world_size, len(samples)
         return epoch, [samples[size * rank // ranks : size * (rank + 1) // ranks] for rank in range(ranks)]
 

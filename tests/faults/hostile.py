@@ -411,6 +411,8 @@ for key, what in (("windows", {"loss": ["x"], "gradient norm": []}), ("windows",
 for what in ("x", [1.5], [-1], ["x"], None, [[1]]):
     changed(f"the guard's num_skipped: {what!r}", lambda b, s, what=what: s["guard"].update(num_skipped=what))
     changed(f"the guard's left_out: {what!r}", lambda b, s, what=what: s["guard"].update(left_out=what))
+for what in ("x", 1, None, [1], {"x": ["y"]}, {"x": 1.5}, {"tokens": 3}):
+    changed(f"data: {what!r}", lambda body, state, what=what: state.update(data=what))
 changed("evaluated: null", lambda body, state: state.update(evaluated=None))
 changed("no parameter groups", lambda body, state: state.update(param_groups=[]))
 changed("a parameter group too many", lambda b, state: state["param_groups"].append({"params": []}))

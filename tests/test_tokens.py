@@ -1,0 +1,306 @@
+"""Token shards as sequences: each token once, documents apart; mixtures exact at every sample; the order of very many samples."""
+
+import json
+import os
+import pickle
+import time
+from fractions import Fraction
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from fairexp import cli
+from fairexp.datasets.mixture import Mixture, periods, permuted, schedule
+from fairexp.datasets.tokens import Tokens
+from fairexp.runtime import data
+from fairexp.runtime.data import Computed, TrainingOrder
+from fairexp.runtime.dist import Place
+
+torch.set_num_threads(1)
+
+END, L = 256, 16
+LENGTHS = [(7 * n) % 41 + 1 for n in range(60)]  # bytes; several a row, and several rows
+HERE = Place(0, 1, 0, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """60 documents of letters in shards of 100 tokens, the last of 40."""
+    folder = tmp_path_factory.mktemp("tokens")
+    documents = [chr(97 + n % 26) * length for n, length in enumerate(LENGTHS)]
+    (folder / "a.jsonl").write_text("".join(json.dumps({"text": each}) + "\n" for each in documents))
+    flags = ["--out", str(folder / "out"), "--valid", "0.0", "--shard-tokens", "100", "--workers", "1"]
+    assert cli.main(["prep", str(folder / "a.jsonl"), *flags]) == 0
+    return folder / "out"
+
+
+@pytest.fixture(scope="module")
+def stream(root: Path) -> Tensor:
+    """All tokens, one after the other."""
+    found = np.concatenate([np.fromfile(path, "<u2") for path in sorted(root.glob("train_0*.bin"))])
+    assert len(found) == sum(LENGTHS) + len(LENGTHS)
+    return torch.from_numpy(found.astype(np.int64))
+
+
+def damaged(root: Path, copy: Path, **changes: Any) -> Path:
+    """A copy whose meta.json says otherwise."""
+    copy.mkdir()
+    for path in root.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    meta = json.loads((root / "meta.json").read_text())
+    (copy / "meta.json").write_text(json.dumps(meta | changes))
+    return copy
+
+
+# One stream
+
+
+@pytest.mark.parametrize("seq_len", [1, 7, L, 99, 100, 101, 250, 5000])
+def test_each_token_is_a_target_once_and_stands_behind_its_input(root: Path, stream: Tensor, seq_len: int) -> None:
+    rows = Tokens(root, "train", seq_len)
+    batch = rows.__getitems__(torch.arange(len(rows)))
+    assert batch.keys() == {"tokens", "targets", "num_bytes"}
+    assert {value.dtype for value in batch.values()} == {torch.int64}
+    assert batch["tokens"].shape == (len(rows), seq_len)
+    counted = batch["targets"] != -100
+    assert torch.equal(batch["targets"][counted], stream[1:])
+    assert torch.equal(batch["tokens"][counted], stream[:-1])
+    assert not counted.flatten()[len(stream) - 1 :].any()
+    assert batch["num_bytes"].tolist() == ((batch["targets"] < END) & counted).sum(1).tolist()
+
+
+def test_a_batch_is_its_samples_in_any_order(root: Path) -> None:
+    for flags in ({}, {"mask_documents": True}, {"pack": "documents"}):
+        rows = Tokens(root, "train", L, **flags)  # type: ignore[arg-type]
+        numbers = torch.tensor([5, 0, len(rows) - 1, 5, 13])
+        batch = rows.__getitems__(numbers)
+        for place, number in enumerate(numbers.tolist()):
+            one = rows[number]
+            assert all(torch.equal(batch[key][place], one[key]) for key in batch)
+    with pytest.raises(IndexError, match=f"sample {len(rows)} of {len(rows)}"):
+        rows.__getitems__([0, len(rows)])
+
+
+def test_a_rows_documents_are_those_of_its_tokens(root: Path, stream: Tensor) -> None:
+    rows = Tokens(root, "train", L, mask_documents=True)
+    batch = rows.__getitems__(torch.arange(len(rows)))
+    assert batch["documents"].dtype == torch.int32
+    of_token = (stream == END).cumsum(0) - (stream == END).long()  # the end token is its document's
+    for row in range(len(rows)):
+        mine = of_token[row * L : (row + 1) * L]
+        assert batch["documents"][row, : len(mine)].tolist() == (mine - mine[0]).tolist()
+    assert batch["documents"].max() >= 2
+
+
+def test_few_shards_are_open_at_once(root: Path, stream: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fairexp.datasets.tokens.MOST_MAPS", 2)
+    rows = Tokens(root, "train", L)
+    targets = rows.__getitems__(torch.arange(len(rows)))["targets"]
+    assert torch.equal(targets[targets != -100], stream[1:])
+    assert len(rows.maps) == 2
+
+
+def test_it_goes_to_another_process_without_what_is_mapped(root: Path) -> None:
+    rows = Tokens(root, "train", L, mask_documents=True)
+    before = rows.__getitems__([3, 4])
+    packed = pickle.dumps(rows)
+    assert len(packed) < 10_000
+    after = pickle.loads(packed).__getitems__([3, 4])
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+# Document by document
+
+
+def test_a_row_is_a_document_from_its_beginning_padded_or_cut(root: Path) -> None:
+    rows = Tokens(root, "train", L, pack="documents")
+    assert len(rows) == 60
+    batch = rows.__getitems__(torch.arange(60))
+    for number, length in enumerate(LENGTHS):
+        expected = [END, *[97 + number % 26] * length, END]
+        tokens, targets = batch["tokens"][number].tolist(), batch["targets"][number].tolist()
+        seen = min(length + 1, L)
+        assert tokens[:seen] == expected[:seen]
+        assert targets == expected[1 : L + 1] + [-100] * (L - seen)
+        assert batch["num_bytes"][number] == min(length, L)
+
+
+# What is wrong with the files
+
+
+def test_what_is_wrong_is_said_in_one_line(root: Path, tmp_path: Path) -> None:
+    def says(message: str, folder: Path = root, **flags: Any) -> None:
+        with pytest.raises(ValueError, match=message) as caught:
+            Tokens(folder, **({"split": "train", "seq_len": L} | flags))
+        assert "\n" not in str(caught.value)
+
+    says("its valid split is empty", split="valid")
+    says("split='test': .* has train and valid", split="test")
+    says("vocab_size=50257, but .* was made with 257", vocab_size=50257)
+    says("tokenizer=abc, but .* was made with bytes", tokenizer="abc")
+    says("pack='rows': takes stream or documents", pack="rows")
+    says("`fairexp prep FILES --out .*/none` makes token shards", tmp_path / "none")
+    (tmp_path / "half.partial").mkdir()
+    says("it isn't whole yet, the same `fairexp prep` command goes on", tmp_path / "half")
+    for number, changes in enumerate(
+        [
+            {"vocab_size": "many"},
+            {"vocab_size": -1},
+            {"end_of_document": 257},
+            {"dtype": "float64"},
+            {"splits": {"train": {}}},
+            {"splits": []},
+            {"token_bytes": {"file": "/etc/passwd", "sha256": ""}},
+            {"token_bytes": {"file": "../out/token_bytes.bin", "sha256": ""}},
+        ]
+    ):
+        says("meta.json: can't be what `fairexp prep` wrote", damaged(root, tmp_path / str(number), **changes))
+    says("written in format 2, this fairexp's is 1", damaged(root, tmp_path / "later", format=2))
+    short = damaged(root, tmp_path / "short")
+    os.truncate(short / "train_00003.bin", 50)
+    says("train_00003.bin: damaged: has 50 bytes of 200", short)
+    (short / "train_00003.bin").unlink()
+    says("train_00003.bin: is missing", short)
+    (short / "meta.json").write_text("{")
+    says("meta.json: damaged: not JSON", short)
+
+
+def test_a_token_that_cannot_be_and_a_changed_byte_are_found(root: Path, tmp_path: Path) -> None:
+    copy = damaged(root, tmp_path / "copy")
+    Tokens(copy, "train", L).verify()
+    values = np.fromfile(copy / "train_00001.bin", "<u2")
+    values[5] = 300
+    values.tofile(copy / "train_00001.bin")
+    rows = Tokens(copy, "train", L)
+    with pytest.raises(ValueError, match="a token is 300, and there are 257; the shards are damaged"):
+        rows.__getitems__(torch.arange(len(rows)))
+    with pytest.raises(ValueError, match=r"train_00001\.bin: damaged: its digest differs"):
+        rows.verify()
+
+
+# Mixtures
+
+
+class Numbers:
+    """Samples that say whose they are."""
+
+    def __init__(self, name: int, length: int, **attributes: Any):
+        self.name, self.length = name, length
+        self.__dict__ |= attributes
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitems__(self, indices: Tensor) -> dict[str, Tensor]:
+        return {"of": torch.full((len(indices),), self.name), "index": indices}
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [(1,), (0.7, 0.2, 0.1), (2, 1), (1, 1, 1), (0.9, 0.05, 0.05), (0.31, 0.07, 0.2, 0.42), (1e-6, 1, 0.123456)],
+)
+def test_a_mixture_is_less_than_a_sample_off_at_any_moment(weights: tuple[float, ...]) -> None:
+    shares = periods(weights)
+    period = sum(shares)
+    set_at, before = schedule(shares)
+    moments = np.arange(1, period + 1)
+    for number, share in enumerate(shares):
+        drawn = np.cumsum(set_at == number)
+        assert np.abs(drawn * period - moments * share).max() < period
+        assert before[set_at == number].tolist() == list(range(share))
+        exact = Fraction(str(weights[number])) / sum(Fraction(str(weight)) for weight in weights)
+        assert abs(Fraction(share, period) - exact) <= (0 if period < 65_536 else Fraction(1, 65_536))
+
+
+def test_a_mixtures_sets_are_walked_through_each_time_in_another_order() -> None:
+    mixture = Mixture([Numbers(0, 10), Numbers(1, 1000)], [0.25, 0.75])
+    assert len(mixture) == 1334  # 1,000 of the second, and the first 33 times
+    batch = mixture.__getitems__(torch.arange(len(mixture)))
+    small = batch["index"][batch["of"] == 0][:330].view(-1, 10)
+    assert (small.sort(1).values == torch.arange(10)).all()
+    assert len({tuple(walk) for walk in small.tolist()}) > 30
+    assert sorted(batch["index"][batch["of"] == 1][:1000].tolist()) == list(range(1000))
+    some = torch.tensor([1000, 3, 77, 3])
+    got = mixture.__getitems__(some)
+    assert all(torch.equal(got[key], batch[key][some]) for key in batch)
+    other = Mixture([Numbers(0, 10), Numbers(1, 1000)], [0.25, 0.75], seed=1).__getitems__(torch.arange(100))
+    assert not torch.equal(other["index"], batch["index"][:100])
+
+
+def test_what_cannot_be_mixed_is_told() -> None:
+    for message, sets, weights in (
+        ("weights: 1 for 2 sets", [Numbers(0, 1), Numbers(1, 1)], [1]),
+        ("weights: takes numbers above 0, got 0", [Numbers(0, 1)], [0]),
+        ("sets: number 1 is empty", [Numbers(0, 1), Numbers(1, 0)], [1, 1]),
+        ("their vocab_size differ: 3 and 4", [Numbers(0, 1, vocab_size=3), Numbers(1, 1, vocab_size=4)], [1, 1]),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Mixture(sets, weights)  # type: ignore[arg-type]
+
+
+# The order of very many samples
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 10, 97, 1000, 4096, 70_001])
+def test_a_computed_order_has_each_sample_once(length: int) -> None:
+    one, two = (permuted(np.arange(length), length, seed) for seed in (1, 2))
+    assert sorted(one.tolist()) == sorted(two.tolist()) == list(range(length))
+    if length > 20:
+        assert (one == two).mean() < 0.2
+        assert abs(np.corrcoef(np.arange(length), one)[0, 1]) < 4 / length**0.5
+
+
+def test_a_computed_order_is_the_same_in_any_slices() -> None:
+    length = 3 * data.CHUNK + 100
+    order = Computed(length, 5)
+    whole = torch.from_numpy(permuted(np.arange(length), length, 5))
+    for begin, end in (
+        (0, 10),
+        (data.CHUNK - 5, data.CHUNK + 5),
+        (7, 2 * data.CHUNK + 9),
+        (length - 3, length + 50),
+        (4, 4),
+    ):
+        assert torch.equal(order[begin:end], whole[begin:end])
+    assert Computed(length, None)[5:8].tolist() == [5, 6, 7]
+
+
+def test_ranks_and_resumes_share_one_computed_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "MOST_IN_MEMORY", 50)
+
+    def batches(world_size: int, first: int) -> list[list[int]]:
+        places = [Place(rank, world_size, rank, torch.device("cpu")) for rank in range(world_size)]
+        ranks = [TrainingOrder(65, 12, 5, here, seed=0).steps(first) for here in places]
+        steps = islice(zip(*ranks, strict=True), 14 - first)
+        return [[i for parts in step for part in parts for i in part.indices[: part.weight].tolist()] for step in steps]
+
+    whole = batches(1, 0)
+    assert sorted(i for batch in whole[:6] for i in batch) == sorted(i for batch in whole[6:12] for i in batch)
+    assert sorted(i for batch in whole[:6] for i in batch) == list(range(65))
+    assert whole[:6] != whole[6:12]
+    assert batches(3, 0) == whole
+    assert batches(2, 8) == whole[8:]
+    order = TrainingOrder(65, 12, 5, HERE, seed=0)
+    assert order.samples(7)[1] == [whole[7]]
+
+
+def test_a_resume_at_step_100_000_of_a_billion_samples_costs_what_one_at_10_does() -> None:
+    def seconds(first: int) -> float:
+        began = time.perf_counter()
+        ((part,),) = islice(TrainingOrder(10**9, 1024, 1024, HERE, seed=0).steps(first), 1)
+        assert len(part.indices) == 1024
+        return time.perf_counter() - began
+
+    seconds(0)
+    early, late = min(seconds(10) for _ in range(5)), min(seconds(100_000) for _ in range(5))
+    assert late < 3 * early < 3
+
+
+def test_without_a_shuffle_the_samples_come_as_they_are() -> None:
+    steps = islice(TrainingOrder(10, 4, 4, HERE, seed=0, shuffle=False).steps(0), 4)
+    assert [part.indices.tolist() for (part,) in steps] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9], [0, 1, 2, 3]]
