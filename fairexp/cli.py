@@ -26,6 +26,7 @@ fairexp: config-driven experiments for PyTorch
   fairexp sync RUNS              send to W&B what their pages lack of metrics.jsonl
   fairexp compare RUNS           the results side by side; --over seed: mean and 95 % interval
   fairexp eval RUN [--step N]    evaluate a run's last checkpoint; key=value changes its config
+  fairexp generate RUN           text from a run's language model: --prompt, --tokens, --temperature
   fairexp checkpoints RUN        what it has saved, verified byte for byte; --quick: by size
   fairexp verify-resume [overrides]  prove that your training goes on bit for bit after a kill
   fairexp config [overrides]     print the resolved config, and where each value comes from
@@ -382,6 +383,34 @@ def evaluate(arguments: Sequence[str]) -> int:
     )
 
 
+def generate(arguments: Sequence[str]) -> int:
+    """Continues a text with a run's language model."""
+    numbers = {"--tokens": "200", "--temperature": "0.8", "--top-k": None, "--seed": "0"}
+    run, flags = one_run("generate", arguments, ("--prompt", "--step", "--trust", *numbers), ("--json",))
+    given = {flag: flags.get(flag, [default])[-1] for flag, default in numbers.items()}
+    for flag, text in given.items():
+        least = 1 if flag in ("--tokens", "--top-k") else 0
+        try:
+            fits = text is None or (float if flag == "--temperature" else int)(text) >= least
+        except ValueError:
+            fits = False
+        if not fits:
+            raise UserError(f"{flag}: takes a number >= {least}, got {text}")
+    from fairexp.launch.generate import generate
+
+    return generate(
+        run,
+        prompt=flags.get("--prompt", [""])[-1],
+        count=int(given["--tokens"] or 0),
+        temperature=float(given["--temperature"] or 0),
+        top_k=int(given["--top-k"]) if given["--top-k"] else None,
+        seed=int(given["--seed"] or 0),
+        step=flags.get("--step", [None])[-1],
+        trusted=flags.get("--trust", []),
+        as_json="--json" in flags,
+    )
+
+
 def checkpoints(arguments: Sequence[str]) -> int:
     """Lists and verifies what a run has saved."""
     run, flags = one_run("checkpoints", arguments, (), ("--quick", "--json"))
@@ -454,6 +483,7 @@ def fraction(flag: str, text: str) -> float:
 VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train,
     "eval": evaluate,
+    "generate": generate,
     "config": config,
     "list": list_runs,
     "show": show_run,

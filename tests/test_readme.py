@@ -79,3 +79,14 @@ def test_every_command_that_the_quickstart_shows_passes_validation(tmp_path: Pat
     assert len(lines) == 3
     for line in lines:
         assert problems(compose(line.split()), 0, [], tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "script", sorted(path.name for path in (CHECKOUT / "scripts/faults").iterdir() if path.is_file())
+)
+def test_the_long_fault_runs_say_what_they_take(script: str, environment: dict[str, str]) -> None:
+    """They are seldom run; here at least their imports are."""
+    command = [sys.executable, str(CHECKOUT / "scripts/faults" / script), "--help"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("usage: ")

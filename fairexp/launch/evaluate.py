@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -19,23 +20,14 @@ from fairexp.launch.job import variables
 
 def evaluate(run_dir: RunDir, overrides: Sequence[str], step: str | None, trusted: Sequence[str], as_json: bool) -> int:
     """Prints the metrics of the last checkpoint, or of `step`'s. `overrides`: `key=value` on the frozen config."""
-    saved = committed(run_dir.checkpoints)
-    if not saved:
-        raise UserError(f"{run_dir.path}: no checkpoint yet")
-    if step is not None and (not step.isdigit() or int(step) not in saved):
-        raise UserError(f"--step {step}: no such checkpoint; there are: {', '.join(map(str, sorted(saved)))}")
-    number = int(step) if step else max(saved)
+    number, folder = chosen(run_dir, step)
     config = run_dir.config()
     for override in overrides:
         assign(config, override)
-    launch = {**run_dir.launch(), "num_processes": 1, "threads": len(os.sched_getaffinity(0))}
-    launch["trusted"] = [*launch["trusted"], *trusted]
-    os.environ.update(variables(launch))
-    sys.path[:0] = [folder for folder in launch["sys_path"] if folder not in sys.path]
-    os.chdir(launch["cwd"])
+    launch = prepared(run_dir, trusted)
     from fairexp.runtime.evaluation import evaluate_checkpoint
 
-    metrics = evaluate_checkpoint(run_dir, config, saved[number], launch["trusted"])
+    metrics = evaluate_checkpoint(run_dir, config, folder, launch["trusted"])
     if as_json:
         print(json.dumps({"run_dir": str(run_dir.path), "id": run_dir.id, "step": number, "metrics": metrics}))
     else:
@@ -43,6 +35,27 @@ def evaluate(run_dir: RunDir, overrides: Sequence[str], step: str | None, truste
             f"{run_dir.path.name} step {number}: " + "  ".join(f"{key} {value:.4f}" for key, value in metrics.items())
         )
     return 0
+
+
+def chosen(run_dir: RunDir, step: str | None) -> tuple[int, Path]:
+    """The last checkpoint, or that of `step`."""
+    saved = committed(run_dir.checkpoints)
+    if not saved:
+        raise UserError(f"{run_dir.path}: no checkpoint yet")
+    if step is not None and (not step.isdigit() or int(step) not in saved):
+        raise UserError(f"--step {step}: no such checkpoint; there are: {', '.join(map(str, sorted(saved)))}")
+    number = int(step) if step else max(saved)
+    return number, saved[number]
+
+
+def prepared(run_dir: RunDir, trusted: Sequence[str]) -> dict[str, Any]:
+    """Makes this process the run's only rank, before torch is imported; how it is launched."""
+    launch = {**run_dir.launch(), "num_processes": 1, "threads": len(os.sched_getaffinity(0))}
+    launch["trusted"] = [*launch["trusted"], *trusted]
+    os.environ.update(variables(launch))
+    sys.path[:0] = [folder for folder in launch["sys_path"] if folder not in sys.path]
+    os.chdir(launch["cwd"])
+    return launch
 
 
 def assign(config: dict[str, Any], override: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,6 +26,9 @@ class Tokenizer(Protocol):
 
     def encode(self, texts: Sequence[bytes]) -> list[np.ndarray]: ...
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text; what isn't whole UTF-8 becomes U+FFFD."""
+
     def token_bytes(self) -> np.ndarray | None:
         """How many bytes of text each token stands for; None, where that isn't a token's own property."""
 
@@ -37,6 +41,9 @@ class Bytes:
 
     def encode(self, texts: Sequence[bytes]) -> list[np.ndarray]:
         return [np.frombuffer(text, np.uint8) for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return bytes(token for token in ids if token < 256).decode(errors="replace")
 
     def token_bytes(self) -> np.ndarray | None:
         return np.array([1] * 256 + [0], np.uint16)
@@ -67,6 +74,9 @@ class FromFile:
     def encode(self, texts: Sequence[bytes]) -> list[np.ndarray]:
         encoded = self.tokenizer.encode_batch_fast([text.decode() for text in texts], add_special_tokens=False)
         return [np.array(each.ids, np.int64) for each in encoded]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(list(ids))
 
     def token_bytes(self) -> np.ndarray | None:
         """Of a byte-level tokenizer: one a letter, as GPT-2's alphabet has one for each byte."""
@@ -118,6 +128,16 @@ def wanted_vocab(spec: str) -> int | None:
 def load(spec: str, file: Path, end: str | None) -> Tokenizer:
     """The tokenizer; `file`: where its tokenizer.json lies, if it has one."""
     return Bytes() if spec == "bytes" else FromFile(file, end)
+
+
+def of_shards(root: Path) -> Tokenizer:
+    """The tokenizer that the shards in the folder were made with. UserError: there are none."""
+    try:
+        meta = json.loads((root / "meta.json").read_text(encoding="utf-8"))
+        name, end = meta["tokenizer"], meta["settings"]["end_of_document"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{root}: no token shards made by `fairexp prep`") from None
+    return load(name, root / "tokenizer.json", end)
 
 
 def digest(file: Path) -> str:
