@@ -83,9 +83,10 @@ def train(
             if kind == "inside a save":
                 work = run / f"attempts/{number:04d}/work"
                 until(lambda: any(name.startswith("step_") for name in os.listdir(work)), process, pause=0)  # noqa: B023
+            shoot(kind, run, process, chance)
         except TooLate:
+            assert process.wait(60) == 0, (runs_dir / "said.txt").read_text()[-3000:]
             break
-        shoot(kind, run, process, chance)
         came.append(kind)
         process.wait(60)
         everyone_is_gone(run, number)
@@ -102,6 +103,8 @@ def shoot(kind: str, run: Path, command: subprocess.Popen[bytes], chance: random
     """SIGKILL, without a warning."""
     job = status(run)["pid"]
     ranks = children(job)
+    if not ranks:
+        raise TooLate
     victims = {
         "a rank": lambda: [chance.choice(ranks)],
         "all ranks": lambda: ranks,
@@ -133,7 +136,10 @@ def uses(pid: int, folder: str) -> bool:
 
 
 def children(pid: int) -> list[int]:
-    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    try:
+        return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except FileNotFoundError:
+        return []
 
 
 class TooLate(Exception):
