@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import tracemalloc
 from collections.abc import Iterator
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fairexp.runtime.data import Batches, Fetcher, MicroBatch, Part, TrainingOrder, evaluation_order
+from fairexp.runtime.data import Batches, EvaluationOrder, Fetcher, MicroBatch, Part, TrainingOrder
 from fairexp.runtime.dist import Place
 
 torch.set_num_threads(1)
@@ -77,9 +78,21 @@ def test_all_ranks_pass_equally_often_and_their_shares_add_up(world_size: int, m
 @micro_batches
 @pytest.mark.parametrize("length", [1, 2, 33, 360])
 def test_evaluation_counts_every_sample_once(world_size: int, micro_batch_size: int, length: int) -> None:
-    ranks = [evaluation_order(length, micro_batch_size, here) for here in places(world_size)]
+    orders = [EvaluationOrder(length, micro_batch_size, here) for here in places(world_size)]
+    ranks = [list(order) for order in orders]
     assert sorted(i for parts in ranks for i in counted(parts)) == list(range(length))
     assert len({len(parts) for parts in ranks}) == 1
+    again = [counted(list(order)) for order in orders]
+    assert again == [counted(parts) for parts in ranks], "each evaluation walks it anew"
+
+
+def test_the_order_of_an_evaluation_of_any_length_is_there_at_once_and_takes_no_memory() -> None:
+    tracemalloc.start()
+    parts = itertools.islice(EvaluationOrder(10**12, 3, places(2)[1]), 1000)
+    assert [part.indices.tolist() for part in parts] == [list(range(6 * n + 3, 6 * n + 6)) for n in range(1000)]
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1 << 20
 
 
 @pytest.mark.parametrize("first", [1, EPOCH - 1, EPOCH, 3 * EPOCH + 2])

@@ -30,6 +30,7 @@ FILES = {
     "images/train/cat/1.png": "",
     "images/val/cat/1.png": "",
     "half/train/cat/1.png": "",
+    "tokens/meta.json": "",
 }
 
 

@@ -3,6 +3,8 @@
 import json
 import os
 import pickle
+import random
+import string
 import time
 from fractions import Fraction
 from itertools import islice
@@ -15,11 +17,17 @@ import torch
 from torch import Tensor
 
 from fairexp import cli
+from fairexp.config.compose import compose
+from fairexp.config.rundir import RunDir
 from fairexp.datasets.mixture import Mixture, periods, permuted, schedule
 from fairexp.datasets.tokens import Tokens
 from fairexp.runtime import data
-from fairexp.runtime.data import Computed, TrainingOrder
+from fairexp.runtime.bad_samples import BadSamples
+from fairexp.runtime.build import Run, build
+from fairexp.runtime.data import Batches, Computed, Fetcher, TrainingOrder
 from fairexp.runtime.dist import Place
+from fairexp.runtime.loop import evaluate, train_step
+from fairexp.runtime.preempt import Stop
 
 torch.set_num_threads(1)
 
@@ -232,6 +240,74 @@ def test_a_mixtures_sets_are_walked_through_each_time_in_another_order() -> None
     assert not torch.equal(other["index"], batch["index"][:100])
 
 
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two folders of token shards: a of small letters, b of capitals."""
+    folder, letters = tmp_path_factory.mktemp("mixed"), random.Random(0)
+    for name, alphabet, documents in (("a", string.ascii_lowercase, 60), ("b", string.ascii_uppercase, 25)):
+        texts = ["".join(letters.choices(alphabet, k=L)) for _ in range(documents)]
+        (folder / f"{name}.txt").write_text("\n".join(texts))
+        flags = ["--out", str(folder / name), "--split-on", "\n", "--valid", "0.2", "--workers", "1"]
+        assert cli.main(["prep", str(folder / f"{name}.txt"), *flags]) == 0
+    return folder
+
+
+def mixed_run(folder: Path, work: Path) -> Run:
+    """What one process holds of a run on both, 7 to 3, by the config dataset=token_mixture."""
+    (work / "logs").mkdir()
+    config = compose(
+        [
+            *("model=transformer", "model.width=8", "model.depth=1", "model.hidden=8", "model.num_heads=2"),
+            *("task=next_token", "dataset=token_mixture", f"dataset.roots=[{folder}/a,{folder}/b]"),
+            *("dataset.weights=[0.7,0.3]", "dataset.vocab_size=257", f"dataset.seq_len={L}", "tracker=none"),
+            *("trainer.device=cpu", "trainer.global_batch_size=9", "trainer.max_steps=6"),
+        ]
+    ).config
+    return build(RunDir(work), config, HERE, Stop())
+
+
+def test_a_run_on_a_mixture_keeps_its_proportions_and_goes_on_where_an_epoch_ends(mixed: Path, tmp_path: Path) -> None:
+    run = mixed_run(mixed, tmp_path)
+    sets = [Tokens(mixed / name, "train", L) for name in "ab"]
+    whose = {
+        tuple(row): (number, index)
+        for number, rows in enumerate(sets)
+        for index, row in enumerate(rows.__getitems__(torch.arange(len(rows)))["tokens"].tolist())
+    }
+    length, per_epoch = run.training.length, run.training.steps_per_epoch
+    assert length == max(-(-len(sets[0]) * 10 // 7), -(-len(sets[1]) * 10 // 3))
+
+    def seen(first: int, num: int, world_size: int = 1) -> list[tuple[int, int]]:
+        given, ranks = run.training, []
+        for rank in range(world_size):
+            here = Place(rank, world_size, rank, HERE.device)
+            order = TrainingOrder(length, 9, 4, here, given.seed, given.shuffle, given.endless)
+            ranks.append(islice(Batches(run.fetch_training, order, here, 0, first), num))
+        micros = [micro for step in zip(*ranks, strict=True) for micros in step for micro in micros]
+        return [whose[tuple(row)] for micro in micros for row in micro.batch["tokens"][: micro.weight].tolist()]
+
+    epochs = 4
+    samples = seen(0, epochs * per_epoch)
+    assert len(samples) == epochs * length
+    of_a = np.cumsum([number == 0 for number, _ in samples])
+    assert np.abs(of_a * 10 - 7 * np.arange(1, len(samples) + 1)).max() < 10, "a whole sample off"
+    for number, rows in enumerate(sets):
+        drawn = [index for other, index in samples if other == number]
+        walks = [tuple(drawn[at : at + len(rows)]) for at in range(0, len(drawn) - len(rows) + 1, len(rows))]
+        assert len(walks) >= 4 - number
+        assert all(sorted(walk) == list(range(len(rows))) for walk in walks), "not all before any comes again"
+        assert len(set(walks)) == len(walks), "an order has come again"
+    assert samples[:length] != samples[length : 2 * length]
+    assert seen(per_epoch + 2, per_epoch) == seen(0, 2 * per_epoch + 2)[length + 18 :]
+    assert seen(0, epochs * per_epoch, world_size=2) == samples
+
+    for micros in islice(Batches(run.fetch_training, run.training, HERE, 0, 0), 6):
+        train_step(run, micros, wants_norm=False)
+    first, again = evaluate(run), evaluate(run)
+    assert first == again
+    assert 0 < first["bits_per_byte"] < 9
+
+
 def test_what_cannot_be_mixed_is_told() -> None:
     for message, sets, weights in (
         ("weights: 1 for 2 sets", [Numbers(0, 1), Numbers(1, 1)], [1]),
@@ -268,6 +344,7 @@ def test_a_computed_order_is_the_same_in_any_slices() -> None:
     ):
         assert torch.equal(order[begin:end], whole[begin:end])
     assert Computed(length, None)[5:8].tolist() == [5, 6, 7]
+    assert torch.equal(Computed(length, 5, first=length)[7 : data.CHUNK + 5], whole[7 : data.CHUNK + 5] + length)
 
 
 def test_ranks_and_resumes_share_one_computed_order(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -304,3 +381,28 @@ def test_a_resume_at_step_100_000_of_a_billion_samples_costs_what_one_at_10_does
 def test_without_a_shuffle_the_samples_come_as_they_are() -> None:
     steps = islice(TrainingOrder(10, 4, 4, HERE, seed=0, shuffle=False).steps(0), 4)
     assert [part.indices.tolist() for (part,) in steps] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9], [0, 1, 2, 3]]
+
+
+class Endless:
+    """A plain set of one sample at a time, with others in each epoch; number 14 can't be read."""
+
+    endless = True
+
+    def __len__(self) -> int:
+        return 10
+
+    def __getitem__(self, index: int) -> int:
+        if index == 14:
+            raise OSError("gone")
+        return index
+
+
+def test_an_endless_set_gives_the_next_samples_each_epoch_shuffled_within_it_or_not(tmp_path: Path) -> None:
+    for shuffle in (False, True):
+        order = TrainingOrder(10, 4, 4, HERE, seed=0, shuffle=shuffle, endless=True)
+        fetcher = Fetcher(Endless(), None, 0, BadSamples(tmp_path, 0, most=9))
+        epochs = [[i for (part,) in islice(order.steps(3 * n), 3) for i in fetcher[part].tolist()] for n in range(3)]
+        there = [list(range(10 * n, 10 * n + 10)) for n in range(3)]
+        there[1][4] = 15  # in the bad one's place
+        assert [sorted(epoch) for epoch in epochs] == there
+        assert (epochs == there) is not shuffle

@@ -317,17 +317,26 @@ def _multiples(value: int, step: int) -> str:
 
 
 def folders(composed: Composed) -> Iterator[str]:
-    """A data folder that is missing, or lacks what dataset.expects lists."""
+    """A data folder, of one or several, that is missing or lacks what dataset.expects lists."""
     dataset = composed.config.get("dataset")
-    if not isinstance(dataset, Mapping) or not isinstance(dataset.get("root"), str):
+    if not isinstance(dataset, Mapping):
         return
-    root = Path(dataset["root"]).expanduser().absolute()
     patterns = [str(pattern) for pattern in dataset.get("expects") or []]
+    roots = dataset.get("roots")
+    keys = {"root": dataset.get("root")} | {
+        f"roots.{number}": root for number, root in enumerate(roots if isinstance(roots, list) else [])
+    }
+    for key, root in keys.items():
+        if isinstance(root, str):
+            yield from _folder(composed, f"dataset.{key}", Path(root).expanduser().absolute(), patterns)
+
+
+def _folder(composed: Composed, key: str, root: Path, patterns: list[str]) -> Iterator[str]:
     absent = [pattern for pattern in patterns if next(root.glob(pattern), None) is None]
     layout = f"; expected there: {', '.join(patterns)}" if patterns else ""
     if root.is_dir() and not absent:
         return
-    where = composed.at("dataset.root")
+    where = composed.at(key)
     if not root.is_dir():
         yield f"{where}: {root} is {'a file, not a folder' if root.exists() else 'no folder'}{layout}"
     elif absent == patterns:

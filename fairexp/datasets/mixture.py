@@ -2,7 +2,7 @@
 
 import heapq
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -20,18 +20,31 @@ class Mixture:
 
     A set is walked in a seeded order of its own, anew each time it has been walked through, so a small one of a large weight
     is repeated. Which set a sample is of stands in a table of one period; its place in the set is computed: resuming
-    anywhere costs nothing. The mixture is its own order: `dataset.shuffle: false` keeps it.
+    anywhere costs nothing. The mixture is its own order, which `dataset.shuffle: false` keeps, and is `endless`: the second
+    epoch goes on where the first has ended, in the middle of a set's walk.
 
     Weights needn't add up to 1. What is exact are ratios with a common denominator of at most 65,536 (0.7, 0.2, 0.1 have 10);
     others are rounded to it, and `weights` says to what. `length`: samples of an epoch; without, as many as it takes to walk
-    through every set. A set of map style that gathers batches (`__getitems__`) of dicts will do.
+    through every set. A set of map style that gathers batches (`__getitems__`) of dicts will do; `made_by` makes each of what
+    stands in `sets`, such as a folder.
     """
 
-    def __init__(self, sets: Sequence[Any], weights: Sequence[float], length: int | None = None, seed: int = 0) -> None:
+    endless = True
+
+    def __init__(
+        self,
+        sets: Sequence[Any],
+        weights: Sequence[float],
+        length: int | None = None,
+        seed: int = 0,
+        made_by: Callable[[Any], Any] | None = None,
+    ) -> None:
         if len(sets) != len(weights) or not sets:
             raise ValueError(f"weights: {len(weights)} for {len(sets)} sets")
         if wrong := [weight for weight in weights if not (weight > 0 and math.isfinite(weight))]:
             raise ValueError(f"weights: takes numbers above 0, got {wrong[0]}")
+        if made_by:
+            sets = [made_by(each) for each in sets]
         if empty := [number for number, each in enumerate(sets) if not len(each)]:
             raise ValueError(f"sets: number {empty[0]} is empty")
         for what in ("vocab_size", "tokenizer"):
@@ -49,7 +62,11 @@ class Mixture:
         self.length = length or max(
             -(-len(each) * self.period // share) for each, share in zip(sets, self.shares, strict=True)
         )
-        self.fingerprint: dict[str, str | int] = {"shares": ":".join(map(str, self.shares)), "seed": seed}
+        self.fingerprint: dict[str, str | int] = {
+            "shares": ":".join(map(str, self.shares)),
+            "seed": seed,
+            "epoch": self.length,  # samples
+        }
         for number, each in enumerate(sets):
             facts = getattr(each, "fingerprint", {})
             self.fingerprint |= {f"{number}.{key}": value for key, value in facts.items()}

@@ -56,7 +56,7 @@ class Run:
     ]  # around an evaluation: the averaged weights, where there are some
     training: data.TrainingOrder
     fetch_training: data.Fetcher
-    evaluation: list[data.Part]
+    evaluation: data.EvaluationOrder
     fetch_evaluation: data.Fetcher
     max_steps: int
     stop: Stop
@@ -99,12 +99,15 @@ def build(run_dir: RunDir, config: Mapping[str, Any], here: dist.Place, stop: St
             raise RunError("trainer.ema_decay: the optimizer averages the weights itself; set it to null")
         averaged = ScheduleFree(module, optimizer).applied
 
-    datasets = {part: make(config["dataset"][part]) for part in ("train", "eval")}
+    datasets = {part: _dataset(config["dataset"][part], part) for part in ("train", "eval")}
     lengths = {part: data.length(dataset, part) for part, dataset in datasets.items()}
     per_rank = -(-trainer.global_batch_size // here.world_size)
     micro_batch_size = trainer.micro_batch_size or per_rank
     shuffle = config["dataset"].get("shuffle", True)
-    training = data.TrainingOrder(lengths["train"], trainer.global_batch_size, micro_batch_size, here, seed, shuffle)
+    endless = data.endless(datasets["train"])
+    training = data.TrainingOrder(
+        lengths["train"], trainer.global_batch_size, micro_batch_size, here, seed, shuffle, endless
+    )
     max_steps = trainer.max_steps or trainer.max_epochs * training.steps_per_epoch  # type: ignore[operator]
 
     run = Run(
@@ -130,7 +133,7 @@ def build(run_dir: RunDir, config: Mapping[str, Any], here: dist.Place, stop: St
             seed,
             BadSamples(run_dir.logs, here.rank, trainer.bad_samples),
         ),
-        evaluation=data.evaluation_order(lengths["eval"], trainer.eval_batch_size or micro_batch_size, here),
+        evaluation=data.EvaluationOrder(lengths["eval"], trainer.eval_batch_size or micro_batch_size, here),
         fetch_evaluation=data.Fetcher(datasets["eval"], None, seed),
         max_steps=max_steps,
         stop=stop,
@@ -138,6 +141,15 @@ def build(run_dir: RunDir, config: Mapping[str, Any], here: dist.Place, stop: St
     )
     run.guard = Guard(run, schema.read(schema.Guard, config["guard"]))
     return run
+
+
+def _dataset(node: Mapping[str, Any], part: str) -> Any:
+    try:
+        return make(node)
+    except ValueError as error:
+        if not node["_target_"].startswith("fairexp."):
+            raise  # of the user's code the traceback is shown
+        raise RunError(f"dataset.{part}: {error}") from error
 
 
 def _optimizer(node: Mapping[str, Any], module: nn.Module, trainer: schema.Trainer) -> torch.optim.Optimizer:

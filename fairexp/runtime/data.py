@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -75,11 +76,12 @@ class Order(Protocol):
 
 
 class Computed:
-    """An order of any length in no memory: computed where it is looked at, some ten thousand places at once. Without a seed the
-    samples stand as they are."""
+    """An order of the samples from `first` on, of any length in no memory: computed where it is looked at, some ten thousand
+    places at once. Without a seed the samples stand as they are."""
 
-    def __init__(self, length: int, seed: int | None):
+    def __init__(self, length: int, seed: int | None, first: int = 0):
         self.length = length
+        self.first = first
         self.seed = seed
         self.chunk = -1  # the number of the one that is at hand
         self.indices = torch.empty(0, dtype=torch.int64)
@@ -87,13 +89,13 @@ class Computed:
     def __getitem__(self, places: slice) -> Tensor:
         begin, end = places.start or 0, min(self.length if places.stop is None else places.stop, self.length)
         if self.seed is None:
-            return torch.arange(begin, max(begin, end))
+            return torch.arange(self.first + begin, self.first + max(begin, end))
         found = []
         while begin < end:
             chunk = begin // CHUNK
             if chunk != self.chunk:
                 there = np.arange(chunk * CHUNK, min((chunk + 1) * CHUNK, self.length))
-                self.chunk, self.indices = chunk, torch.from_numpy(permuted(there, self.length, self.seed))
+                self.chunk, self.indices = chunk, torch.from_numpy(self.first + permuted(there, self.length, self.seed))
             part = self.indices[begin - chunk * CHUNK : end - chunk * CHUNK]
             found.append(part)
             begin += len(part)
@@ -124,7 +126,8 @@ def split(
 class TrainingOrder:
     """The parts of every step from `first_step` on: an epoch is a seeded permutation, cut into global batches. The last one of
     an epoch may be smaller: every sample is seen once an epoch. `left_out`: the numbers of the batches that no step takes.
-    Without `shuffle` the samples come as the data set has them: it brings its own order."""
+    Without `shuffle` the samples come as the data set has them: it brings its own order. An `endless` set has other samples
+    each epoch: where one ends the next goes on."""
 
     def __init__(
         self,
@@ -134,6 +137,7 @@ class TrainingOrder:
         here: Place,
         seed: int,
         shuffle: bool = True,
+        endless: bool = False,
     ):
         self.length = length
         self.global_batch_size = global_batch_size
@@ -142,14 +146,16 @@ class TrainingOrder:
         self.seed = seed
         self.steps_per_epoch = -(-length // global_batch_size)
         self.shuffle = shuffle
+        self.endless = endless
         self.left_out: list[int] = []
 
     def permutation(self, epoch: int) -> Order:
         """The epoch's order."""
+        first = epoch * self.length if self.endless else 0
         if not self.shuffle or self.length > MOST_IN_MEMORY:
-            return Computed(self.length, seed_of(self.seed, "order", epoch) if self.shuffle else None)
+            return Computed(self.length, seed_of(self.seed, "order", epoch) if self.shuffle else None, first)
         generator = torch.Generator().manual_seed(seed_of(self.seed, "order", epoch))
-        return torch.randperm(self.length, generator=generator)
+        return first + torch.randperm(self.length, generator=generator)
 
     def batch_of(self, step: int) -> int:
         """The number of the global batch that the step takes, both from 0: the step-th of those that aren't left out."""
@@ -182,15 +188,19 @@ class TrainingOrder:
             epoch, within = epoch + 1, 0
 
 
-def evaluation_order(length: int, batch_size: int, here: Place) -> list[Part]:
-    """Every sample exactly once over all ranks, in order; the last batch is ragged."""
-    indices = torch.arange(length)
-    size = batch_size * here.world_size
-    return [
-        part
-        for start in range(0, length, size)
-        for part in split(indices, start, min(start + size, length), here, batch_size, epoch=0)
-    ]
+@dataclass(frozen=True)
+class EvaluationOrder:
+    """Every sample exactly once over all ranks, in order; the last batch is ragged. It is walked as often as one likes, and
+    holds nothing: a list of the parts of a billion samples would."""
+
+    length: int
+    batch_size: int
+    here: Place
+
+    def __iter__(self) -> Iterator[Part]:
+        order, size = Computed(self.length, None), self.batch_size * self.here.world_size
+        for start in range(0, self.length, size):
+            yield from split(order, start, min(start + size, self.length), self.here, self.batch_size, epoch=0)
 
 
 class Fetcher:
@@ -207,6 +217,7 @@ class Fetcher:
         self.bad_samples = bad_samples
         self.replaces = bad_samples is not None and bad_samples.most > 0
         self.gathers = isinstance(dataset, BatchDataset)
+        self.endless = endless(dataset)
 
     def __getitem__(self, part: Part) -> Any:
         return self.judge(part, *self.fetch(part))
@@ -253,7 +264,8 @@ class Fetcher:
         """The sample and its index; the next one that can be read, where it can't; None, where none takes its place."""
         why = ""
         for instead in range(index, index + (LOOKS_AT if self.replaces else 1)):
-            instead %= len(self.dataset)
+            if not self.endless:
+                instead %= len(self.dataset)
             for _ in range(2):  # a network file system may hiccup
                 try:
                     sample = read(instead)
@@ -483,6 +495,11 @@ def to_device(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, tuple | list):
         return type(batch)(to_device(value, device) for value in batch)
     return batch
+
+
+def endless(dataset: Any) -> bool:
+    """Whether the set has samples behind its length, which then is an epoch's: those of the next one."""
+    return bool(getattr(dataset, "endless", False))
 
 
 def length(dataset: Any, what: str) -> int:
