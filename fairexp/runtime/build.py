@@ -128,6 +128,7 @@ def build(run_dir: RunDir, config: Mapping[str, Any], here: dist.Place, stop: St
             make(config["dataset"].get("augment")),
             seed,
             BadSamples(run_dir.logs, here.rank, trainer.bad_samples),
+            make(config["dataset"].get("mix")),
         ),
         evaluation=data.evaluation_order(lengths["eval"], trainer.eval_batch_size or micro_batch_size, here),
         fetch_evaluation=data.Fetcher(datasets["eval"], None, seed),
