@@ -70,10 +70,11 @@ def test_where_fsdp_keeps_its_parameters_changes_nothing(tiny: Tiny, option: str
     same_curve(tiny("fsdp2", option), tiny("single"))
 
 
-def test_recomputed_activations_meet_the_same_dropout_masks(tiny: Tiny) -> None:
-    same_curve(
-        tiny("fsdp2", "model.dropout=0.1", "strategy.activation_checkpointing=true"), tiny("fsdp2", "model.dropout=0.1")
-    )
+@pytest.mark.parametrize("strategy", ["ddp2", "fsdp2"])
+def test_recomputed_activations_meet_the_same_dropout_masks(tiny: Tiny, strategy: str) -> None:
+    dropout = "model.dropout=0.1"
+    again, plain = tiny(strategy, dropout, "trainer.activation_checkpointing=blocks"), tiny(strategy, dropout)
+    assert (again.losses, again.norms, again.evals) == (plain.losses, plain.norms, plain.evals)
 
 
 def test_fsdp_in_bf16_stays_near_and_is_bf16(tiny: Tiny) -> None:
@@ -84,8 +85,9 @@ def test_fsdp_in_bf16_stays_near_and_is_bf16(tiny: Tiny) -> None:
 
 
 @pytest.mark.slow
-def test_compiled_blocks_give_the_same_curve(tiny: Tiny) -> None:
-    same_curve(tiny("fsdp2", "trainer.compile=blocks"), tiny("single"))
+@pytest.mark.parametrize("memory", [(), ("trainer.activation_checkpointing=blocks",)])
+def test_compiled_blocks_give_the_same_curve(tiny: Tiny, memory: tuple[str, ...]) -> None:
+    same_curve(tiny("fsdp2", "trainer.compile=blocks", *memory), tiny("single"))
 
 
 @pytest.mark.parametrize("strategy", ["ddp2", "fsdp2"])

@@ -24,7 +24,8 @@ from fairexp.config.nearest import nearest
 from fairexp.config.searching import searching
 from fairexp.errors import UserError
 
-PRESETS = ("experiment", "debug")  # in the defaults list as null, so both `experiment=x` and `+experiment=x` mean it
+PRESETS = ("experiment", "debug")
+OPTIONAL = (*PRESETS, "mix")  # in the defaults list as null, so both `experiment=x` and `+experiment=x` mean it
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ def parse_sweep(overrides: Sequence[str], parser: OverridesParser) -> list[Overr
     parsed, problems = [], []
     for text in overrides:
         try:
-            override = parser.parse_override(re.sub(rf"^\+({'|'.join(PRESETS)})=", r"\1=", text))
+            override = parser.parse_override(re.sub(rf"^\+({'|'.join(OPTIONAL)})=", r"\1=", text))
             override.config_loader = parser.config_loader  # a glob asks it for the group's options
             if not override.key_or_group:
                 raise HydraException("no key")

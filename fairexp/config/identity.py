@@ -19,6 +19,7 @@ NOT_IDENTITY = {
     "trainer.bad_samples",  # a run that meets none is the same; one that does goes on, and has written down which
     "trainer.log_every",
     "trainer.device",
+    "trainer.activation_checkpointing",  # the same bits for less memory
     "guard.max_events",
     "trainer.hang_timeout_s",
 }

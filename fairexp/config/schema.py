@@ -42,6 +42,7 @@ class Trainer:
     decay_norm_and_bias: bool
     precision: Literal["fp32", "bf16", "fp16"]
     compile: Literal["off", "blocks", "whole"]
+    activation_checkpointing: Literal["off", "blocks"] | Fraction
     ema_decay: Fraction | None
     eval_every: Positive | None
     log_every: Positive

@@ -31,8 +31,8 @@ OURS = re.compile(r"(job[-_]name|array|output|error|wrap|parsable|requeue|no[-_]
 SECRET = re.compile(r".*(KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL).*", re.IGNORECASE)
 RULES = "a list of {match: a parameter's name or glob, and an optimizer's argument such as lr: 1e-2}"
 RATES = {
-    **dict.fromkeys(("lr", "weight_decay", "momentum", "eps"), schema.Bound(0)),
-    **dict.fromkeys(("dropout", "label_smoothing"), schema.Bound(0, 1)),
+    **dict.fromkeys(("lr", "weight_decay", "momentum", "eps", "mixup_alpha", "cutmix_alpha"), schema.Bound(0)),
+    **dict.fromkeys(("dropout", "label_smoothing", "prob"), schema.Bound(0, 1)),
 }
 
 
@@ -72,11 +72,12 @@ def sections(composed: Composed) -> Iterator[str]:
         yield f"{composed.at(name)}: takes a section, got {schema.shown(config[name])}"
     objects: dict[str, Any] = {name: config[name] for name in TARGETS if name in config}
     if isinstance(config.get("dataset"), Mapping):
-        for part in ("train", "eval", "augment"):
+        for part in ("train", "eval", "augment", "mix"):
             objects[f"dataset.{part}"] = value = config["dataset"].get(part)
-            if part != "augment" and part not in config["dataset"]:
+            optional = part in ("augment", "mix")
+            if not optional and part not in config["dataset"]:
                 yield f"dataset.{part}: missing; takes a section with a _target_"
-            elif not isinstance(value, Mapping) and (value is not None or part != "augment"):
+            elif not isinstance(value, Mapping) and (value is not None or not optional):
                 yield f"{composed.at(f'dataset.{part}')}: takes a section with a _target_, got {schema.shown(value)}"
         if not isinstance(shuffle := config["dataset"].get("shuffle", True), bool):
             yield f"{composed.at('dataset.shuffle')}: takes true or false, got {schema.shown(shuffle)}"

@@ -23,9 +23,13 @@ def uniform(seeds: Tensor, num: int) -> Tensor:
 
     splitmix64 as a counter-based generator: torch.Generator would cost a loop over the samples, 5 us each.
     """
+    return torch.from_numpy((bits(seeds, num) >> np.uint64(40)).astype(np.float32) * np.float32(2**-24))
+
+
+def bits(seeds: Tensor, num: int) -> np.ndarray:
+    """Random uint64 [n, num], of which `uniform` takes the upper 24 bits."""
     state = splitmix64(seeds.numpy().view(np.uint64))[:, None]  # mixed first: seeds may be neighbours
-    bits = splitmix64(state + np.arange(1, num + 1, dtype=np.uint64) * GOLDEN)
-    return torch.from_numpy((bits >> np.uint64(40)).astype(np.float32) * np.float32(2**-24))
+    return splitmix64(state + np.arange(1, num + 1, dtype=np.uint64) * GOLDEN)
 
 
 def splitmix64(x: np.ndarray) -> np.ndarray:

@@ -29,6 +29,7 @@ CAUSES = {
     "model attribute": "plain attributes are not saved: make it a buffer",
     "dataset attribute": "a data set keeps no state: draw from the global generators, which are seeded for each sample",
     "augment attribute": "an augmentation gets a seed for each sample: draw from it, and keep no state",
+    "mix attribute": "it gets a seed for each sample: draw from it, and keep no state",
     "schedule attribute": "a schedule must be a function of the step",
     "batch of": "an augmentation or data set draws from a generator that isn't seeded by the sample, or reads what changes",
     "loss of": "the forward pass depends on something that is not saved: a clock, a file, a generator of its own",

@@ -23,6 +23,7 @@ from fairexp.runtime.guard import Guard
 from fairexp.runtime.make import locate, make
 from fairexp.runtime.precision import Precision, precision
 from fairexp.runtime.preempt import Stop
+from fairexp.runtime.recompute import recompute
 from fairexp.runtime.strategies.strategy import Strategy
 from fairexp.runtime.strategies.units import units
 from fairexp.runtime.track import Metrics
@@ -83,7 +84,10 @@ def build(run_dir: RunDir, config: Mapping[str, Any], here: dist.Place, stop: St
         raise RunError(f"model: {config['model']['_target_']} gave a {type(module).__name__}, not a torch.nn.Module")
     if trainer.compile == "blocks":
         for unit in units(module).values():
-            unit.compile()  # in place: the names stay
+            unit.forward = torch.compile(unit.forward)  # in place: the names stay
+    # around the compiled units: torch.compile would skip what it finds inside
+    chosen = units(module, config["strategy"].get("units")).values()
+    recompute(chosen, trainer.activation_checkpointing, traced=trainer.compile == "whole")
     model = strategy.wrap(module, here, seed)
     if trainer.compile == "whole":
         model.compile()
@@ -132,6 +136,7 @@ def build(run_dir: RunDir, config: Mapping[str, Any], here: dist.Place, stop: St
             make(config["dataset"].get("augment")),
             seed,
             BadSamples(run_dir.logs, here.rank, trainer.bad_samples),
+            make(config["dataset"].get("mix")),
         ),
         evaluation=data.EvaluationOrder(lengths["eval"], trainer.eval_batch_size or micro_batch_size, here),
         fetch_evaluation=data.Fetcher(datasets["eval"], None, seed),

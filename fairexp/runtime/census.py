@@ -101,7 +101,8 @@ def states(run: Run) -> Iterator[tuple[str, str]]:
     if run.here.device.type == "cuda":
         yield "generator cuda", digest(torch.cuda.get_rng_state(run.here.device))
     yield "best metrics", digest(run.best)
-    objects = {"dataset": run.fetch_training.dataset, "augment": run.fetch_training.augment, "schedule": run.schedule}
+    fetch = run.fetch_training
+    objects = {"dataset": fetch.dataset, "augment": fetch.augment, "mix": fetch.mix, "schedule": run.schedule}
     for name, thing in objects.items():
         yield from _attributes(f"{name} attribute ", thing)
 

@@ -41,6 +41,17 @@ MOST_IN_MEMORY = (
 SMALL_SHM_MIB = 64  # what a container has by default; a few batches fill it
 
 
+class Mix(Protocol):
+    """What blends training samples with others of the data set, such as mixup. Which ones, and how, follows from a sample's
+    seed alone: its micro batch, another on another world size, has no say."""
+
+    def partners(self, seeds: Tensor, length: int) -> Tensor:
+        """The indices of the samples to blend in."""
+
+    def __call__(self, batch: Any, seeds: Tensor) -> Any:
+        """The batch of those whose seeds these are; in `batch` the partners follow on them, in the order of `partners`."""
+
+
 @runtime_checkable
 class BatchDataset(Protocol):
     """A data set that gathers a whole batch: 6x faster than sample by sample for small samples (torch's own protocol)."""
@@ -210,9 +221,17 @@ class Fetcher:
     interruption the same; without, as for evaluation, it ends the run: a metric over other samples is another metric.
     """
 
-    def __init__(self, dataset: Any, augment: Augment | None, seed: int, bad_samples: BadSamples | None = None):
+    def __init__(
+        self,
+        dataset: Any,
+        augment: Augment | None,
+        seed: int,
+        bad_samples: BadSamples | None = None,
+        mix: Mix | None = None,
+    ):
         self.dataset = dataset
         self.augment = augment
+        self.mix = mix
         self.seed = seed
         self.bad_samples = bad_samples
         self.replaces = bad_samples is not None and bad_samples.most > 0
@@ -224,10 +243,15 @@ class Fetcher:
 
     def fetch(self, part: Part) -> tuple[Any, list[Bad]]:
         """The batch, and the samples that were replaced in it; no batch, where one couldn't be."""
-        seeds = self.seeds(part)
+        own = seeds = self.seeds(part)
+        if self.mix:
+            part = part._replace(indices=torch.cat([part.indices, self.mix.partners(own, len(self.dataset))]))
+            seeds = self.seeds(part)  # a partner is augmented as it is itself in this epoch
         batch, bad = self._gather(part.indices) if self.gathers else self._collect(part.indices, seeds)
         if batch is not None and self.augment:
             batch = self.augment(batch, seeds)
+        if batch is not None and self.mix:
+            batch = self.mix(batch, own)
         return batch, bad
 
     def judge(self, part: Part, batch: Any, bad: list[Bad]) -> Any:

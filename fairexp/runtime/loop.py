@@ -211,7 +211,7 @@ def overfit_one_batch(run: Run, steps: int, below: float) -> None:
 
     A RunError where it did not: then the model, the loss or the learning rate is broken, and more data won't mend it.
     """
-    run.fetch_training.augment = None
+    run.fetch_training.augment = run.fetch_training.mix = None
     run.schedule = lambda step: 1.0
     run.guard.on = False  # the verdict says it
     micro_batches = next(Batches(run.fetch_training, run.training, run.here, 0, 0))

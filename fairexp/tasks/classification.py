@@ -10,7 +10,8 @@ class Classification:
     """The mean loss of a batch, and while evaluating (`model.eval()`) also `{"loss": ..., "top1": ..., "top5": ...}`, each
     with one value a sample, so that their sum over a data set is exact.
 
-    Training smooths the labels; evaluation doesn't, so that eval/loss compares between runs. Training returns no
+    Training smooths the labels; evaluation doesn't, so that eval/loss compares between runs. Labels are classes, int64
+    (batch,), or in training, as mixup and CutMix give them, each class's part: float32 (batch, classes). Training returns no
     metrics: top-k costs as much as a small model's step. All results are float32, on the batch's device.
     """
 

@@ -12,7 +12,6 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
-from torch.utils.checkpoint import checkpoint
 
 from fairexp.runtime import init
 from fairexp.runtime.dist import Place
@@ -33,7 +32,6 @@ class FSDP:
         param_dtype: str | None = None,
         reduce_dtype: str = "fp32",
         cpu_offload: bool = False,
-        activation_checkpointing: bool = False,
         units: Sequence[str] | None = None,
     ):
         self.shard_size = shard_size
@@ -42,7 +40,6 @@ class FSDP:
             param_dtype=DTYPES[param_dtype] if param_dtype else None, reduce_dtype=DTYPES[reduce_dtype]
         )
         self.cpu_offload = cpu_offload
-        self.activation_checkpointing = activation_checkpointing
         self.units = units
 
     def mesh(self, here: Place) -> DeviceMesh:
@@ -60,9 +57,6 @@ class FSDP:
         if not any(tensor.is_meta for _, tensor in init.tensors(model)):
             model.to(here.device)  # built by its constructor, with the same weights on every rank: shard what is there
         for unit in units(model, self.units).values():
-            if self.activation_checkpointing:
-                # in place, inside FSDP's hooks: the module's name and its state dict's keys stay
-                unit.forward = partial(checkpoint, unit.forward, use_reentrant=False)  # type: ignore[method-assign]
             shard(unit, reshard_after_forward=self.reshard_after_forward)
         shard(model)  # the root keeps its parameters gathered: backward needs them at once
         init.materialize(model, torch.device("cpu") if self.cpu_offload else here.device, seed)
