@@ -230,24 +230,45 @@ def batches(composed: Composed, gpus: int) -> Iterator[str]:
         places = f"{on_node} on each of {nodes} nodes" if nodes > 1 else f"{on_node} processes"
         yield f"{composed.at('launcher.num_processes')}: {places} with strategy=single; add strategy=ddp or strategy=fsdp"
     yield from _devices(composed, launcher, trainer.device, gpus, on_node)
+    readers, who = processes, f"{processes} processes"  # ranks, or groups of them that read the same samples
+    tp_size = strategy.get("tp_size")
+    if isinstance(tp_size, int):
+        if tp_size < 1 or processes % tp_size:
+            yield f"{composed.at('strategy.tp_size')}: {tp_size} does not divide {who}; takes {_divisors(processes)}"
+            return
+        yield from _heads(composed, tp_size)
+        readers, who = processes // tp_size, f"{processes // tp_size} groups of {tp_size} processes"
     size = strategy.get("shard_size")
-    if isinstance(size, int) and (size < 1 or processes % size):
-        divisors = ", ".join(str(n) for n in range(1, processes + 1) if processes % n == 0)
-        yield f"{composed.at('strategy.shard_size')}: {size} does not divide {processes} processes; takes {divisors}"
+    if isinstance(size, int) and (size < 1 or readers % size):
+        yield f"{composed.at('strategy.shard_size')}: {size} does not divide {who}; takes {_divisors(readers)}"
     batch, micro = trainer.global_batch_size, trainer.micro_batch_size
     if not batch:
         return
-    if batch % processes:
+    if batch % readers:
         yield (
-            f"{composed.at('trainer.global_batch_size')}: {batch} is not a multiple of {processes} processes; "
-            f"nearest: {_multiples(batch, processes)}"
+            f"{composed.at('trainer.global_batch_size')}: {batch} is not a multiple of {who}; "
+            f"nearest: {_multiples(batch, readers)}"
         )
-    elif micro and (batch // processes) % micro:
+    elif micro and (batch // readers) % micro:
         yield (
-            f"{composed.at('trainer.micro_batch_size')}: {micro} does not divide the "
-            f"{batch // processes} samples a rank of global_batch_size {batch}; nearest global_batch_size: "
-            f"{_multiples(batch, processes * micro)}"
+            f"{composed.at('trainer.micro_batch_size')}: {micro} does not divide the {batch // readers} samples "
+            f"a {'rank' if readers == processes else 'group'} of global_batch_size {batch}; nearest global_batch_size: "
+            f"{_multiples(batch, readers * micro)}"
         )
+
+
+def _heads(composed: Composed, tp_size: int) -> Iterator[str]:
+    """Heads that tensor parallelism can't deal out; of models that have no such numbers it is known when they are built."""
+    model = composed.config.get("model")
+    for key in ("num_heads", "num_kv_heads"):
+        heads = model.get(key) if isinstance(model, Mapping) else None
+        if isinstance(heads, int) and heads > 0 and heads % tp_size:
+            where = composed.at("strategy.tp_size")
+            yield f"{where}: {tp_size} does not divide model.{key}={heads}; takes {_divisors(heads)}"
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
 
 
 def _devices(composed: Composed, launcher: schema.Launcher, device: str, gpus: int, on_node: int) -> Iterator[str]:

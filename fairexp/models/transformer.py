@@ -188,6 +188,17 @@ class Transformer(nn.Module):
         self.norm = make_norm()
         # a tied head is no module with the embedding's parameter: a model that goes to another device would get two of them
         self.head = None if tied else nn.Linear(width, vocab_size, bias=False)
+        # how tensor parallelism cuts the layers, for strategy=fsdp_tp. A tied embedding stays whole: it is used both ways
+        self.tensor_parallel = {
+            "blocks.*.attn": "shared_input",
+            "blocks.*.attn.[qkv]": "colwise",
+            "blocks.*.attn.out": "rowwise",
+            "blocks.*.mlp": "shared_input",
+            **({"blocks.*.mlp.gate": "colwise"} if mlp == "swiglu" else {}),
+            "blocks.*.mlp.up": "colwise",
+            "blocks.*.mlp.down": "rowwise",
+            **({} if tied else {"embed": "embedding_rowwise", "head": "colwise_gather_output"}),
+        }
 
     def forward(
         self,

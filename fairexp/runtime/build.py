@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -70,6 +70,7 @@ def build(run_dir: RunDir, config: Mapping[str, Any], here: dist.Place, stop: St
     """Model -> strategy -> optimizer -> data. Then come `checkpoint.restore` and, last, the tracker, by `track`."""
     trainer = schema.read(schema.Trainer, config["trainer"])
     strategy: Strategy = make(config["strategy"])
+    here = replace(here, model_ranks=strategy.model_ranks)
     if strategy.needs_group or here.world_size > 1:
         dist.join(here)
     seed = config["seed"]
@@ -83,14 +84,15 @@ def build(run_dir: RunDir, config: Mapping[str, Any], here: dist.Place, stop: St
     model = strategy.wrap(module, here, seed)
     if trainer.compile == "whole":
         model.compile()
-    init.seed_generators(init.seed_of(seed, "rank", here.rank))  # each rank its own dropout masks
+    # each rank its own dropout masks; ranks that hold one model's parts the same ones, for they see the same activations
+    init.seed_generators(init.seed_of(seed, "rank", here.data_rank))
 
     # after the strategy: FSDP replaces the parameters
     optimizer = _optimizer(config["optimizer"], module, trainer)
 
     datasets = {part: make(config["dataset"][part]) for part in ("train", "eval")}
     lengths = {part: data.length(dataset, part) for part, dataset in datasets.items()}
-    per_rank = -(-trainer.global_batch_size // here.world_size)
+    per_rank = -(-trainer.global_batch_size // here.data_size)
     micro_batch_size = trainer.micro_batch_size or per_rank
     training = data.TrainingOrder(lengths["train"], trainer.global_batch_size, micro_batch_size, here, seed)
     max_steps = trainer.max_steps or trainer.max_epochs * training.steps_per_epoch  # type: ignore[operator]

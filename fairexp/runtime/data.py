@@ -47,7 +47,7 @@ class BatchDataset(Protocol):
 
 class Part(NamedTuple):
     """One micro batch's samples on one rank. `weight` of them count: none, where a rank has no sample and sends a copy.
-    `share`: of the global batch's mean, times the world size, by which DDP and FSDP divide."""
+    `share`: of the global batch's mean, times the number of data ranks, by which DDP and FSDP divide."""
 
     indices: Tensor
     weight: int
@@ -70,11 +70,11 @@ def split(
     """This rank's micro batches of the global batch order[begin:end]. Every rank gets the same number of them: a rank short of
     samples would leave the others waiting in a collective."""
     size = end - begin
-    mine = begin + size * here.rank // here.world_size
-    num_mine = begin + size * (here.rank + 1) // here.world_size - mine
-    largest = -(-size // here.world_size)
+    mine = begin + size * here.data_rank // here.data_size
+    num_mine = begin + size * (here.data_rank + 1) // here.data_size - mine
+    largest = -(-size // here.data_size)
     count = -(-largest // micro_batch_size)
-    scale = here.world_size / size
+    scale = here.data_size / size
     parts = []
     for k in range(count):
         first, last = mine + num_mine * k // count, mine + num_mine * (k + 1) // count
@@ -113,8 +113,9 @@ class TrainingOrder:
         """The global batch's epoch, and its samples by rank."""
         epoch, within = divmod(batch, self.steps_per_epoch)
         samples = self.permutation(epoch)[within * self.global_batch_size :][: self.global_batch_size].tolist()
-        ranks, size = self.here.world_size, len(samples)
-        return epoch, [samples[size * rank // ranks : size * (rank + 1) // ranks] for rank in range(ranks)]
+        parts, size = self.here.data_size, len(samples)
+        by_part = [samples[size * part // parts : size * (part + 1) // parts] for part in range(parts)]
+        return epoch, [by_part[rank // self.here.model_ranks] for rank in range(self.here.world_size)]
 
     def steps(self, first_step: int) -> Iterator[list[Part]]:
         epoch, within = divmod(self.batch_of(first_step), self.steps_per_epoch)
@@ -135,7 +136,7 @@ class TrainingOrder:
 def evaluation_order(length: int, batch_size: int, here: Place) -> list[Part]:
     """Every sample exactly once over all ranks, in order; the last batch is ragged."""
     indices = torch.arange(length)
-    size = batch_size * here.world_size
+    size = batch_size * here.data_size
     return [
         part
         for start in range(0, length, size)
