@@ -17,10 +17,18 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 NOT_COUNTED = -100  # the target of a position that has no part in the loss
-Rope = tuple[Tensor, Tensor]  # cosine and sine, each (tokens, head_dim / 2)
 Cache = list[
     list[Tensor]
 ]  # for each block its keys and values of all positions so far, (batch, kv heads, tokens, head_dim)
+
+
+class Rope:
+    """Cosine and sine of rotations, each float32 (tokens, head_dim / 2). No tuple or dataclass: FSDP in bf16 casts the tensors
+    in those on their way into a block, and eight bits of mantissa turn far positions by the wrong angle."""
+
+    def __init__(self, cos: Tensor, sin: Tensor) -> None:
+        self.cos = cos
+        self.sin = sin
 
 
 def rope(positions: Tensor, head_dim: int, theta: float, scaling: Mapping[str, float] | None = None) -> Rope:
@@ -38,12 +46,12 @@ def rope(positions: Tensor, head_dim: int, theta: float, scaling: Mapping[str, f
         kept = ((turns - low) / (high - low)).clamp(0, 1)
         frequencies = frequencies * (kept + (1 - kept) / scaling["factor"])
     angles = positions.float()[:, None] * frequencies
-    return angles.cos(), angles.sin()
+    return Rope(angles.cos(), angles.sin())
 
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:
     """Turns each pair of channels (i, i + head_dim / 2), the order in which Llama's checkpoints on Hugging Face are stored."""
-    cos, sin = rope
+    cos, sin = rope.cos, rope.sin
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).type_as(x)
 
