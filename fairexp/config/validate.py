@@ -3,6 +3,7 @@ Nothing is imported that the config names, and nothing is changed."""
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Collection, Iterator, Mapping
@@ -10,13 +11,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from fairexp.config import schema, targets
+from fairexp.config import hugging_face, schema, targets
 from fairexp.config.compose import PRESETS, Composed
 from fairexp.config.diagnose import find_file, place
 from fairexp.config.groups import groups
 from fairexp.config.nearest import nearest
 from fairexp.config.schema import Section
 from fairexp.config.trust import is_trusted, refusal
+from fairexp.errors import UserError
 
 # What the runtime adds to the arguments that stand in the config.
 GIVEN_LATER: dict[str, tuple[str, ...]] = {
@@ -44,6 +46,7 @@ def problems(composed: Composed, gpus: int, trusted: Collection[str], working_di
         *lengths(composed),
         *batches(composed, gpus),
         *folders(composed),
+        *weights(composed),
     ]
 
 
@@ -318,3 +321,33 @@ def folders(composed: Composed) -> Iterator[str]:
         yield f"{where}: {root} holds nothing of the data{layout}"
     else:
         yield f"{where}: {root} lacks {', '.join(absent)}{layout}"
+
+
+def weights(composed: Composed) -> Iterator[str]:
+    """A folder of weights that is none, or of another model than the arguments make: that would compute something else."""
+    model = composed.config.get("model")
+    if not isinstance(model, Mapping) or model.get("_target_") != "fairexp.models.transformer.Transformer":
+        return
+    given = model.get("weights")
+    if not isinstance(given, str):
+        return
+    where, folder = composed.at("model.weights"), Path(given).expanduser().absolute()
+    files = [folder / name for name in ("model.safetensors", "model.safetensors.index.json")]
+    if not any(file.is_file() for file in files):
+        yield f"{where}: {folder} holds no model.safetensors, nor an index of several"
+        return
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("not a JSON object")
+        found = hugging_face.differences(model, config)
+    except OSError as error:
+        yield f"{where}: {folder / 'config.json'}: {error.strerror}"
+    except (ValueError, TypeError) as error:
+        yield f"{where}: {folder / 'config.json'}: {error}"
+    except UserError as error:
+        yield f"{where}: {folder / 'config.json'}: {error}"
+    else:
+        for key, value in found.items():
+            is_ = schema.shown(model.get(key))
+            yield f"{composed.at(f'model.{key}')}: {is_}, but {folder / 'config.json'} says {schema.shown(value)}"

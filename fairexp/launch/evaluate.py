@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -19,12 +20,7 @@ from fairexp.launch.job import variables
 
 def evaluate(run_dir: RunDir, overrides: Sequence[str], step: str | None, trusted: Sequence[str], as_json: bool) -> int:
     """Prints the metrics of the last checkpoint, or of `step`'s. `overrides`: `key=value` on the frozen config."""
-    saved = committed(run_dir.checkpoints)
-    if not saved:
-        raise UserError(f"{run_dir.path}: no checkpoint yet")
-    if step is not None and (not step.isdigit() or int(step) not in saved):
-        raise UserError(f"--step {step}: no such checkpoint; there are: {', '.join(map(str, sorted(saved)))}")
-    number = int(step) if step else max(saved)
+    number, folder = chosen(run_dir, step)
     config = run_dir.config()
     for override in overrides:
         assign(config, override)
@@ -35,7 +31,7 @@ def evaluate(run_dir: RunDir, overrides: Sequence[str], step: str | None, truste
     os.chdir(launch["cwd"])
     from fairexp.runtime.evaluation import evaluate_checkpoint
 
-    metrics = evaluate_checkpoint(run_dir, config, saved[number], launch["trusted"])
+    metrics = evaluate_checkpoint(run_dir, config, folder, launch["trusted"])
     if as_json:
         print(json.dumps({"run_dir": str(run_dir.path), "id": run_dir.id, "step": number, "metrics": metrics}))
     else:
@@ -43,6 +39,17 @@ def evaluate(run_dir: RunDir, overrides: Sequence[str], step: str | None, truste
             f"{run_dir.path.name} step {number}: " + "  ".join(f"{key} {value:.4f}" for key, value in metrics.items())
         )
     return 0
+
+
+def chosen(run_dir: RunDir, step: str | None) -> tuple[int, Path]:
+    """The step and folder of the run's last checkpoint, or of `step`'s."""
+    saved = committed(run_dir.checkpoints)
+    if not saved:
+        raise UserError(f"{run_dir.path}: no checkpoint yet")
+    if step is not None and (not step.isdigit() or int(step) not in saved):
+        raise UserError(f"--step {step}: no such checkpoint; there are: {', '.join(map(str, sorted(saved)))}")
+    number = int(step) if step else max(saved)
+    return number, saved[number]
 
 
 def assign(config: dict[str, Any], override: str) -> None:

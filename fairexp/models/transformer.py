@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -133,7 +133,8 @@ class Transformer(nn.Module):
 
     `num_kv_heads` < `num_heads` shares each key and value among heads. `seq_len` bounds the learned positions; rotary ones
     have no bound. `tied`: the head is the embedding's matrix. `dropout` acts where GPT-2 has it: after the embedding, on the
-    attention's weights and on what each block adds.
+    attention's weights and on what each block adds. `weights`: a folder of safetensors that a run starts from, with Hugging
+    Face's names of a Llama or GPT-2.
     """
 
     def __init__(
@@ -154,6 +155,7 @@ class Transformer(nn.Module):
         bias: bool = False,
         tied: bool = False,
         dropout: float = 0.0,
+        weights: str | None = None,
     ) -> None:
         super().__init__()
         for name, value, known in (
@@ -196,6 +198,12 @@ class Transformer(nn.Module):
         self.norm = make_norm()
         # a tied head is no module with the embedding's parameter: a model that goes to another device would get two of them
         self.head = None if tied else nn.Linear(width, vocab_size, bias=False)
+        self.weights = weights  # which whoever fills the tensors reads
+        self.published_names = {
+            ours.replace("*", str(number)): theirs._replace(name=theirs.name.replace("*", str(number)))
+            for ours, theirs in (GPT2_NAMES if positions == "learned" else LLAMA_NAMES).items()
+            for number in range(depth if "*" in ours else 1)
+        }
         # how tensor parallelism cuts the layers, for strategy=fsdp_tp. A tied embedding stays whole: it is used both ways
         self.tensor_parallel = {
             "blocks.*.attn": "shared_input",
@@ -300,4 +308,54 @@ class Transformer(nn.Module):
             nn.init.normal_(tensor, std=0.02)
 
 
+class Published(NamedTuple):
+    """Where a published checkpoint has one of our tensors: under which name, with its two dimensions exchanged or not, and as
+    which third of the tensor, for three that are stored as one."""
+
+    name: str
+    transposed: bool = False
+    third: int | None = None
+
+
+# our name -> theirs on Hugging Face, * a block's number
+LLAMA_NAMES = {
+    "embed.weight": Published("model.embed_tokens.weight"),
+    "norm.weight": Published("model.norm.weight"),
+    "head.weight": Published("lm_head.weight"),
+    "blocks.*.norm1.weight": Published("model.layers.*.input_layernorm.weight"),
+    "blocks.*.norm2.weight": Published("model.layers.*.post_attention_layernorm.weight"),
+    **{
+        f"blocks.*.{ours}.{kind}": Published(f"model.layers.*.{theirs}.{kind}")
+        for kind in ("weight", "bias")
+        for ours, theirs in (
+            ("attn.q", "self_attn.q_proj"),
+            ("attn.k", "self_attn.k_proj"),
+            ("attn.v", "self_attn.v_proj"),
+            ("attn.out", "self_attn.o_proj"),
+            ("mlp.gate", "mlp.gate_proj"),
+            ("mlp.up", "mlp.up_proj"),
+            ("mlp.down", "mlp.down_proj"),
+        )
+    },
+}
+GPT2_NAMES = {
+    "embed.weight": Published("transformer.wte.weight"),
+    "positions.weight": Published("transformer.wpe.weight"),
+    "head.weight": Published("lm_head.weight"),
+    **{
+        f"{ours}.{kind}": Published(f"transformer.{theirs}.{kind}", linear and kind == "weight", third)
+        for kind in ("weight", "bias")
+        for ours, theirs, linear, third in (
+            ("norm", "ln_f", False, None),
+            ("blocks.*.norm1", "h.*.ln_1", False, None),
+            ("blocks.*.norm2", "h.*.ln_2", False, None),
+            ("blocks.*.attn.q", "h.*.attn.c_attn", True, 0),
+            ("blocks.*.attn.k", "h.*.attn.c_attn", True, 1),
+            ("blocks.*.attn.v", "h.*.attn.c_attn", True, 2),
+            ("blocks.*.attn.out", "h.*.attn.c_proj", True, None),
+            ("blocks.*.mlp.up", "h.*.mlp.c_fc", True, None),
+            ("blocks.*.mlp.down", "h.*.mlp.c_proj", True, None),
+        )
+    },
+}
 ROPE_SCALING = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}

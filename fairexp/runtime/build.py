@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fairexp.beacon import Beacon
-from fairexp.config import schema
+from fairexp.config import manifest, schema
 from fairexp.config.rundir import RunDir
 from fairexp.errors import RunError
 from fairexp.optim.param_groups import split_decay
@@ -78,6 +78,8 @@ def build(run_dir: RunDir, config: Mapping[str, Any], here: dist.Place, stop: St
     module = init.construct(lambda: make(config["model"]), locate(config["model"]["_target_"]), seed)
     if not isinstance(module, nn.Module):
         raise RunError(f"model: {config['model']['_target_']} gave a {type(module).__name__}, not a torch.nn.Module")
+    if isinstance(getattr(module, "weights", None), str) and manifest.committed(run_dir.checkpoints):
+        module.weights = None  # type: ignore[assignment]  # a checkpoint follows: the folder may have gone since
     if trainer.compile == "blocks":
         for unit in units(module).values():
             unit.compile()  # in place: the names stay
