@@ -27,6 +27,7 @@ fairexp: config-driven experiments for PyTorch
   fairexp compare RUNS           the results side by side; --over seed: mean and 95 % interval
   fairexp eval RUN [--step N]    evaluate a run's last checkpoint; key=value changes its config
   fairexp generate RUN           text from a run's language model: --prompt, --tokens, --temperature
+  fairexp export RUN FOLDER      a language model's weights for transformers' from_pretrained
   fairexp checkpoints RUN        what it has saved, verified byte for byte; --quick: by size
   fairexp verify-resume [overrides]  prove that your training goes on bit for bit after a kill
   fairexp config [overrides]     print the resolved config, and where each value comes from
@@ -41,8 +42,7 @@ fairexp: config-driven experiments for PyTorch
   --fresh            train: a new run beside the one that these settings have
   --dry-run          train: the jobs, the script and what they ask for; nothing is submitted
   --follow           train: stay, and show the progress of what was submitted
-  --retry-failed     train -m: submit failed and cancelled runs again
-  --prune            train -m: cancel runs of the sweep that are no longer asked for
+  --retry-failed, --prune  train -m: submit failed runs again; cancel what isn't asked for any more
   --runs-dir DIR     where the runs are, for the verbs that take RUN; runs
   --json             one JSON value on stdout, for programs
 
@@ -411,6 +411,18 @@ def generate(arguments: Sequence[str]) -> int:
     )
 
 
+def export(arguments: Sequence[str]) -> int:
+    """Writes a run's weights for other programs."""
+    flags, rest = take_flags(arguments, ("--runs-dir", "--step"), ())
+    if len(rest) != 2:
+        raise UserError("export: takes a run, by its folder, name or id, and a new folder to write to")
+    from fairexp.launch.export import export
+    from fairexp.runs.find import find
+
+    run = find(rest[0], Path(flags.get("--runs-dir", ["runs"])[-1]))
+    return export(run, Path(rest[1]).expanduser(), flags.get("--step", [None])[-1])
+
+
 def checkpoints(arguments: Sequence[str]) -> int:
     """Lists and verifies what a run has saved."""
     run, flags = one_run("checkpoints", arguments, (), ("--quick", "--json"))
@@ -484,6 +496,7 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train,
     "eval": evaluate,
     "generate": generate,
+    "export": export,
     "config": config,
     "list": list_runs,
     "show": show_run,

@@ -21,6 +21,8 @@ STRATEGIES = {
     "ddp4": ("strategy=ddp", "launcher.num_processes=4"),
     "fsdp2": ("strategy=fsdp", "launcher.num_processes=2"),
     "fsdp4": ("strategy=fsdp", "launcher.num_processes=4"),
+    "tp2": ("strategy=fsdp_tp", "launcher.num_processes=2"),
+    "tp2x2": ("strategy=fsdp_tp", "launcher.num_processes=4"),
     "hybrid": ("strategy=fsdp", "strategy.shard_size=2", "launcher.num_processes=4"),
 }
 # 1,437 digits in steps of 84 are 18 steps an epoch: step 18 has only 9 samples, an unequal share for 2 and for 4 ranks,

@@ -13,7 +13,14 @@ PACKAGE = Path(fairexp.__file__).parent
 BEFORE_THE_JOB = ("cli", "errors", "config", "launch", "runs", "__main__", "__init__")
 SHELF = ("models", "datasets", "tasks", "optim")
 # the job and what runs in its place: they load the runtime when they are called
-STARTS_THE_RUNTIME = ("launch/job.py", "launch/pool.py", "launch/submit.py", "launch/evaluate.py", "launch/sync.py")
+STARTS_THE_RUNTIME = (
+    "launch/job.py",
+    "launch/pool.py",
+    "launch/submit.py",
+    "launch/evaluate.py",
+    "launch/export.py",
+    "launch/sync.py",
+)
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,16 @@
 """One config gives one curve, on whatever processes it runs: the heart of the suite. Real runs of the real command line."""
 
+import json
 from pathlib import Path
 
 import pytest
-from conftest import Tiny, Trained
+import torch
+from conftest import Fairexp, Tiny, Trained, interrupted
+from torch import nn
+
+from fairexp.errors import RunError
+from fairexp.runtime.dist import Place
+from fairexp.runtime.strategies.fsdp_tp import FSDPTP
 
 FP32 = 1e-5  # relative: sums of the same numbers in another order
 
@@ -38,6 +45,20 @@ class Net(nn.Module):
         return self.head(x * self.scale)
 """
 PLAIN = ("--config-dir=configs", "model=net")
+# 205 texts in steps of 20, 41 to evaluate: unequal shares again. 61 words and a hidden width of 46 are cut into 31 and 30, 23
+# and 23, and sharded unequally.
+TEXT = (
+    "model=transformer",
+    "model.hidden=46",
+    "model.tied=false",
+    "task=next_token",
+    "dataset=synthetic_tokens",
+    "dataset.vocab_size=61",
+    "dataset.seq_len=16",
+    "dataset.train.num_samples=205",
+    "dataset.eval.num_samples=41",
+    "trainer.global_batch_size=20",
+)
 
 
 def same_curve(run: Trained, reference: Trained, relative: float = FP32) -> None:
@@ -115,3 +136,44 @@ def paper(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("strategy", ["ddp2", "fsdp2"])
 def test_a_plain_module_starts_and_trains_alike(tiny: Tiny, paper: Path, strategy: str) -> None:
     same_curve(tiny(strategy, *PLAIN, cwd=paper), tiny("single", *PLAIN, cwd=paper))
+
+
+def test_layers_cut_over_ranks_give_the_curve_of_a_single_process(tiny: Tiny) -> None:
+    same_curve(tiny("tp2x2", *TEXT), tiny("single", *TEXT))
+
+
+def test_what_cut_layers_have_saved_resumes_on_another_mesh_and_is_evaluated_on_none(
+    tiny: Tiny, fairexp: Fairexp, tmp_path: Path
+) -> None:
+    run = tiny("tp2x2", *TEXT)
+    path = interrupted(run, tmp_path)
+    ended = fairexp(*run.command, "launcher.num_processes=2", f"runs_dir={tmp_path}")
+    assert ended.returncode == 0, ended.stderr
+    assert "steps 10 -> 20 (resumed)" in ended.stderr
+    same_curve(Trained(path, run.command), tiny("single", *TEXT))
+    ended = fairexp("eval", str(run.path), "--json")
+    assert ended.returncode == 0, ended.stderr
+    assert json.loads(ended.stdout)["metrics"] == pytest.approx(run.evals[20], rel=FP32)
+
+
+def test_with_dropout_ranks_of_a_group_draw_alike_and_resume_bit_for_bit(
+    tiny: Tiny, fairexp: Fairexp, tmp_path: Path
+) -> None:
+    # the one state of generators that a group saves is each rank's: one that had drawn otherwise would go on otherwise
+    run = tiny("tp2", *TEXT, "model.dropout=0.2")
+    path = interrupted(run, tmp_path)
+    ended = fairexp(*run.command, f"runs_dir={tmp_path}")
+    assert ended.returncode == 0, ended.stderr
+    assert "steps 10 -> 20 (resumed)" in ended.stderr
+    assert Trained(path, run.command).losses == run.losses
+
+
+def test_a_model_that_does_not_say_how_it_is_cut_is_told() -> None:
+    here = Place(0, 1, 0, torch.device("cpu"))
+    model = nn.ModuleDict({"a": nn.Linear(2, 2)})
+    with pytest.raises(RunError, match=r"ModuleDict doesn't say how its layers are cut .* give strategy.plan: globs"):
+        FSDPTP(1).cut(model, here)
+    with pytest.raises(RunError, match=r"no module matches 'b'; modules: a"):
+        FSDPTP(1, plan={"b": "colwise"}).cut(model, here)
+    with pytest.raises(RunError, match="'a' has 'columns'; takes colwise, "):
+        FSDPTP(1, plan={"a": "columns"}).cut(model, here)

@@ -10,7 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from fairexp.models.transformer import Attention, Transformer, rope, rotate
+from fairexp.models.transformer import Attention, Rope, Transformer, rope, rotate
+from fairexp.runtime import dist
+from fairexp.runtime.dist import Place
+from fairexp.runtime.strategies.fsdp import FSDP
 
 torch.set_num_threads(1)
 
@@ -116,6 +119,26 @@ def test_rotary_scores_depend_on_the_distance_alone() -> None:
     ]
     assert scores[0] == pytest.approx(scores[1], rel=1e-4)
     assert scores[0] != pytest.approx(scores[2], rel=1e-2)
+
+
+def test_rotations_stay_in_float32_where_fsdp_computes_in_bf16() -> None:
+    here = Place(0, 1, 0, torch.device("cpu"))
+    dist.join(here)
+    try:
+        with torch.device("meta"):
+            model = Transformer(VOCAB, LENGTH, 32, 2, 4, **LLAMA)
+        FSDP(param_dtype="bf16").wrap(model, here, seed=0)
+        seen: list[tuple[torch.dtype, ...]] = []
+
+        def look(module: nn.Module, args: tuple[Tensor, Rope, None, None]) -> None:
+            seen.append((args[0].dtype, args[1].cos.dtype, args[1].sin.dtype))
+
+        for block in model.blocks:
+            block.attn.register_forward_pre_hook(look)  # type: ignore[union-attr,operator]
+        assert model(text()).isfinite().all()
+        assert seen == [(torch.bfloat16, torch.float32, torch.float32)] * 2
+    finally:
+        dist.leave(here)
 
 
 @every_kind

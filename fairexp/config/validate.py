@@ -3,6 +3,7 @@ Nothing is imported that the config names, and nothing is changed."""
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Collection, Iterator, Mapping
@@ -10,13 +11,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from fairexp.config import schema, targets
+from fairexp.config import hugging_face, schema, targets
 from fairexp.config.compose import PRESETS, Composed
 from fairexp.config.diagnose import find_file, place
 from fairexp.config.groups import groups
 from fairexp.config.nearest import nearest
 from fairexp.config.schema import Section
 from fairexp.config.trust import is_trusted, refusal
+from fairexp.errors import UserError
 
 # What the runtime adds to the arguments that stand in the config.
 GIVEN_LATER: dict[str, tuple[str, ...]] = {
@@ -46,6 +48,7 @@ def problems(composed: Composed, gpus: int, trusted: Collection[str], working_di
         *lengths(composed),
         *batches(composed, gpus),
         *folders(composed),
+        *weights(composed),
     ]
 
 
@@ -268,24 +271,45 @@ def batches(composed: Composed, gpus: int) -> Iterator[str]:
         places = f"{on_node} on each of {nodes} nodes" if nodes > 1 else f"{on_node} processes"
         yield f"{composed.at('launcher.num_processes')}: {places} with strategy=single; add strategy=ddp or strategy=fsdp"
     yield from _devices(composed, launcher, trainer.device, gpus, on_node)
+    readers, who = processes, f"{processes} processes"  # ranks, or groups of them that read the same samples
+    tp_size = strategy.get("tp_size")
+    if isinstance(tp_size, int):
+        if tp_size < 1 or processes % tp_size:
+            yield f"{composed.at('strategy.tp_size')}: {tp_size} does not divide {who}; takes {_divisors(processes)}"
+            return
+        yield from _heads(composed, tp_size)
+        readers, who = processes // tp_size, f"{processes // tp_size} groups of {tp_size} processes"
     size = strategy.get("shard_size")
-    if isinstance(size, int) and (size < 1 or processes % size):
-        divisors = ", ".join(str(n) for n in range(1, processes + 1) if processes % n == 0)
-        yield f"{composed.at('strategy.shard_size')}: {size} does not divide {processes} processes; takes {divisors}"
+    if isinstance(size, int) and (size < 1 or readers % size):
+        yield f"{composed.at('strategy.shard_size')}: {size} does not divide {who}; takes {_divisors(readers)}"
     batch, micro = trainer.global_batch_size, trainer.micro_batch_size
     if not batch:
         return
-    if batch % processes:
+    if batch % readers:
         yield (
-            f"{composed.at('trainer.global_batch_size')}: {batch} is not a multiple of {processes} processes; "
-            f"nearest: {_multiples(batch, processes)}"
+            f"{composed.at('trainer.global_batch_size')}: {batch} is not a multiple of {who}; "
+            f"nearest: {_multiples(batch, readers)}"
         )
-    elif micro and (batch // processes) % micro:
+    elif micro and (batch // readers) % micro:
         yield (
-            f"{composed.at('trainer.micro_batch_size')}: {micro} does not divide the "
-            f"{batch // processes} samples a rank of global_batch_size {batch}; nearest global_batch_size: "
-            f"{_multiples(batch, processes * micro)}"
+            f"{composed.at('trainer.micro_batch_size')}: {micro} does not divide the {batch // readers} samples "
+            f"a {'rank' if readers == processes else 'group'} of global_batch_size {batch}; nearest global_batch_size: "
+            f"{_multiples(batch, readers * micro)}"
         )
+
+
+def _heads(composed: Composed, tp_size: int) -> Iterator[str]:
+    """Heads that tensor parallelism can't deal out; of models that have no such numbers it is known when they are built."""
+    model = composed.config.get("model")
+    for key in ("num_heads", "num_kv_heads"):
+        heads = model.get(key) if isinstance(model, Mapping) else None
+        if isinstance(heads, int) and heads > 0 and heads % tp_size:
+            where = composed.at("strategy.tp_size")
+            yield f"{where}: {tp_size} does not divide model.{key}={heads}; takes {_divisors(heads)}"
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
 
 
 def _devices(composed: Composed, launcher: schema.Launcher, device: str, gpus: int, on_node: int) -> Iterator[str]:
@@ -344,3 +368,33 @@ def _folder(composed: Composed, key: str, root: Path, patterns: list[str]) -> It
         yield f"{where}: {root} holds nothing of the data{layout}"
     else:
         yield f"{where}: {root} lacks {', '.join(absent)}{layout}"
+
+
+def weights(composed: Composed) -> Iterator[str]:
+    """A folder of weights that is none, or of another model than the arguments make: that would compute something else."""
+    model = composed.config.get("model")
+    if not isinstance(model, Mapping) or model.get("_target_") != "fairexp.models.transformer.Transformer":
+        return
+    given = model.get("weights")
+    if not isinstance(given, str):
+        return
+    where, folder = composed.at("model.weights"), Path(given).expanduser().absolute()
+    files = [folder / name for name in ("model.safetensors", "model.safetensors.index.json")]
+    if not any(file.is_file() for file in files):
+        yield f"{where}: {folder} holds no model.safetensors, nor an index of several"
+        return
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("not a JSON object")
+        found = hugging_face.differences(model, config)
+    except OSError as error:
+        yield f"{where}: {folder / 'config.json'}: {error.strerror}"
+    except (ValueError, TypeError) as error:
+        yield f"{where}: {folder / 'config.json'}: {error}"
+    except UserError as error:
+        yield f"{where}: {folder / 'config.json'}: {error}"
+    else:
+        for key, value in found.items():
+            is_ = schema.shown(model.get(key))
+            yield f"{composed.at(f'model.{key}')}: {is_}, but {folder / 'config.json'} says {schema.shown(value)}"

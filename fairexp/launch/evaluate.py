@@ -38,7 +38,7 @@ def evaluate(run_dir: RunDir, overrides: Sequence[str], step: str | None, truste
 
 
 def chosen(run_dir: RunDir, step: str | None) -> tuple[int, Path]:
-    """The last checkpoint, or that of `step`."""
+    """The step and folder of the run's last checkpoint, or of `step`'s."""
     saved = committed(run_dir.checkpoints)
     if not saved:
         raise UserError(f"{run_dir.path}: no checkpoint yet")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +17,18 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 NOT_COUNTED = -100  # the target of a position that has no part in the loss
-Rope = tuple[Tensor, Tensor]  # cosine and sine, each (tokens, head_dim / 2)
 Cache = list[
     list[Tensor]
 ]  # for each block its keys and values of all positions so far, (batch, kv heads, tokens, head_dim)
+
+
+class Rope:
+    """Cosine and sine of rotations, each float32 (tokens, head_dim / 2). No tuple or dataclass: FSDP in bf16 casts the tensors
+    in those on their way into a block, and eight bits of mantissa turn far positions by the wrong angle."""
+
+    def __init__(self, cos: Tensor, sin: Tensor) -> None:
+        self.cos = cos
+        self.sin = sin
 
 
 def rope(positions: Tensor, head_dim: int, theta: float, scaling: Mapping[str, float] | None = None) -> Rope:
@@ -38,12 +46,12 @@ def rope(positions: Tensor, head_dim: int, theta: float, scaling: Mapping[str, f
         kept = ((turns - low) / (high - low)).clamp(0, 1)
         frequencies = frequencies * (kept + (1 - kept) / scaling["factor"])
     angles = positions.float()[:, None] * frequencies
-    return angles.cos(), angles.sin()
+    return Rope(angles.cos(), angles.sin())
 
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:
     """Turns each pair of channels (i, i + head_dim / 2), the order in which Llama's checkpoints on Hugging Face are stored."""
-    cos, sin = rope
+    cos, sin = rope.cos, rope.sin
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).type_as(x)
 
@@ -125,7 +133,8 @@ class Transformer(nn.Module):
 
     `num_kv_heads` < `num_heads` shares each key and value among heads. `seq_len` bounds the learned positions; rotary ones
     have no bound. `tied`: the head is the embedding's matrix. `dropout` acts where GPT-2 has it: after the embedding, on the
-    attention's weights and on what each block adds.
+    attention's weights and on what each block adds. `weights`: a folder of safetensors that a run starts from, with Hugging
+    Face's names of a Llama or GPT-2.
     """
 
     def __init__(
@@ -146,6 +155,7 @@ class Transformer(nn.Module):
         bias: bool = False,
         tied: bool = False,
         dropout: float = 0.0,
+        weights: str | None = None,
     ) -> None:
         super().__init__()
         for name, value, known in (
@@ -188,6 +198,23 @@ class Transformer(nn.Module):
         self.norm = make_norm()
         # a tied head is no module with the embedding's parameter: a model that goes to another device would get two of them
         self.head = None if tied else nn.Linear(width, vocab_size, bias=False)
+        self.weights = weights  # which whoever fills the tensors reads
+        self.published_names = {
+            ours.replace("*", str(number)): theirs._replace(name=theirs.name.replace("*", str(number)))
+            for ours, theirs in (GPT2_NAMES if positions == "learned" else LLAMA_NAMES).items()
+            for number in range(depth if "*" in ours else 1)
+        }
+        # how tensor parallelism cuts the layers, for strategy=fsdp_tp. A tied embedding stays whole: it is used both ways
+        self.tensor_parallel = {
+            "blocks.*.attn": "shared_input",
+            "blocks.*.attn.[qkv]": "colwise",
+            "blocks.*.attn.out": "rowwise",
+            "blocks.*.mlp": "shared_input",
+            **({"blocks.*.mlp.gate": "colwise"} if mlp == "swiglu" else {}),
+            "blocks.*.mlp.up": "colwise",
+            "blocks.*.mlp.down": "rowwise",
+            **({} if tied else {"embed": "embedding_rowwise", "head": "colwise_gather_output"}),
+        }
 
     def forward(
         self,
@@ -281,4 +308,54 @@ class Transformer(nn.Module):
             nn.init.normal_(tensor, std=0.02)
 
 
+class Published(NamedTuple):
+    """Where a published checkpoint has one of our tensors: under which name, with its two dimensions exchanged or not, and as
+    which third of the tensor, for three that are stored as one."""
+
+    name: str
+    transposed: bool = False
+    third: int | None = None
+
+
+# our name -> theirs on Hugging Face, * a block's number
+LLAMA_NAMES = {
+    "embed.weight": Published("model.embed_tokens.weight"),
+    "norm.weight": Published("model.norm.weight"),
+    "head.weight": Published("lm_head.weight"),
+    "blocks.*.norm1.weight": Published("model.layers.*.input_layernorm.weight"),
+    "blocks.*.norm2.weight": Published("model.layers.*.post_attention_layernorm.weight"),
+    **{
+        f"blocks.*.{ours}.{kind}": Published(f"model.layers.*.{theirs}.{kind}")
+        for kind in ("weight", "bias")
+        for ours, theirs in (
+            ("attn.q", "self_attn.q_proj"),
+            ("attn.k", "self_attn.k_proj"),
+            ("attn.v", "self_attn.v_proj"),
+            ("attn.out", "self_attn.o_proj"),
+            ("mlp.gate", "mlp.gate_proj"),
+            ("mlp.up", "mlp.up_proj"),
+            ("mlp.down", "mlp.down_proj"),
+        )
+    },
+}
+GPT2_NAMES = {
+    "embed.weight": Published("transformer.wte.weight"),
+    "positions.weight": Published("transformer.wpe.weight"),
+    "head.weight": Published("lm_head.weight"),
+    **{
+        f"{ours}.{kind}": Published(f"transformer.{theirs}.{kind}", linear and kind == "weight", third)
+        for kind in ("weight", "bias")
+        for ours, theirs, linear, third in (
+            ("norm", "ln_f", False, None),
+            ("blocks.*.norm1", "h.*.ln_1", False, None),
+            ("blocks.*.norm2", "h.*.ln_2", False, None),
+            ("blocks.*.attn.q", "h.*.attn.c_attn", True, 0),
+            ("blocks.*.attn.k", "h.*.attn.c_attn", True, 1),
+            ("blocks.*.attn.v", "h.*.attn.c_attn", True, 2),
+            ("blocks.*.attn.out", "h.*.attn.c_proj", True, None),
+            ("blocks.*.mlp.up", "h.*.mlp.c_fc", True, None),
+            ("blocks.*.mlp.down", "h.*.mlp.c_proj", True, None),
+        )
+    },
+}
 ROPE_SCALING = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fairexp.beacon import Beacon
-from fairexp.config import schema
+from fairexp.config import manifest, schema
 from fairexp.config.rundir import RunDir
 from fairexp.errors import RunError
 from fairexp.optim.param_groups import param_groups
@@ -75,6 +75,7 @@ def build(run_dir: RunDir, config: Mapping[str, Any], here: dist.Place, stop: St
     """Model -> strategy -> optimizer -> data. Then come `checkpoint.restore` and, last, the tracker, by `track`."""
     trainer = schema.read(schema.Trainer, config["trainer"])
     strategy: Strategy = make(config["strategy"])
+    here = replace(here, model_ranks=strategy.model_ranks)
     if strategy.needs_group or here.world_size > 1:
         dist.join(here)
     seed = config["seed"]
@@ -82,6 +83,8 @@ def build(run_dir: RunDir, config: Mapping[str, Any], here: dist.Place, stop: St
     module = init.construct(lambda: make(config["model"]), locate(config["model"]["_target_"]), seed)
     if not isinstance(module, nn.Module):
         raise RunError(f"model: {config['model']['_target_']} gave a {type(module).__name__}, not a torch.nn.Module")
+    if isinstance(getattr(module, "weights", None), str) and manifest.committed(run_dir.checkpoints):
+        module.weights = None  # type: ignore[assignment]  # a checkpoint follows: the folder may have gone since
     if trainer.compile == "blocks":
         for unit in units(module).values():
             unit.forward = torch.compile(unit.forward)  # in place: the names stay
@@ -91,7 +94,8 @@ def build(run_dir: RunDir, config: Mapping[str, Any], here: dist.Place, stop: St
     model = strategy.wrap(module, here, seed)
     if trainer.compile == "whole":
         model.compile()
-    init.seed_generators(init.seed_of(seed, "rank", here.rank))  # each rank its own dropout masks
+    # each rank its own dropout masks; ranks that hold one model's parts the same ones, for they see the same activations
+    init.seed_generators(init.seed_of(seed, "rank", here.data_rank))
 
     # after the strategy: FSDP replaces the parameters
     optimizer = _optimizer(config["optimizer"], module, trainer)
@@ -105,7 +109,7 @@ def build(run_dir: RunDir, config: Mapping[str, Any], here: dist.Place, stop: St
 
     datasets = {part: _dataset(config["dataset"][part], part) for part in ("train", "eval")}
     lengths = {part: data.length(dataset, part) for part, dataset in datasets.items()}
-    per_rank = -(-trainer.global_batch_size // here.world_size)
+    per_rank = -(-trainer.global_batch_size // here.data_size)
     micro_batch_size = trainer.micro_batch_size or per_rank
     shuffle = config["dataset"].get("shuffle", True)
     endless = data.endless(datasets["train"])

@@ -377,12 +377,12 @@ def _take(run: Run, folder: Path, body: dict[str, Any], scalars: dict[str, Any])
                 raise RunError(f"{folder}: its optimizer has a state of {name!r}, which is no parameter here")
             tensor = _room_for(stored.shape(key), stored.dtype(key), run.parameters[name])
             optimizer_state.setdefault(name, {})[what] = wanted[key] = tensor
-        elif kind == "rng" and name == str(run.here.rank):
+        elif kind == "rng" and name == str(run.here.data_rank):
             generators[what] = torch.empty(stored.shape(key), dtype=stored.dtype(key))
             stored.read(key, stored.parts(key, generators[what]))
     _check_optimizer(run, folder, optimizer_state, scalars)
     if generators and (missing := sorted({"torch", "python", "numpy"} - generators.keys())):
-        raise RunError(f"{folder}: has no state of rank {run.here.rank}'s generators of {' and '.join(missing)}")
+        raise RunError(f"{folder}: has no state of rank {run.here.data_rank}'s generators of {' and '.join(missing)}")
     random_state = RandomState.of(generators) if generators else None
     parts = {name: stored.parts(name, tensor) for name, tensor in wanted.items()}
     for name in wanted:  # from here on the run changes
@@ -509,7 +509,8 @@ def _tensors(run: Run) -> dict[str, Tensor]:
                 state[f"optim.{name}.{what}"] = value
     if run.ema:
         state |= {f"ema.{name}": tensor for name, tensor in run.ema.shadow.items()}
-    state |= {f"rng.{run.here.rank}.{name}": tensor for name, tensor in _random_state(run.here.device).items()}
+    if run.here.model_rank == 0:  # the others of a model's group have the same, as they must: they share activations
+        state |= {f"rng.{run.here.data_rank}.{name}": tensor for name, tensor in _random_state(run.here.device).items()}
     if other := [name for name, tensor in state.items() if tensor.dtype not in shards.NAMES]:
         raise RunError(f"{other[0]} is of {state[other[0]].dtype}, which a checkpoint doesn't hold")
     return state

@@ -63,7 +63,7 @@ class BatchDataset(Protocol):
 
 class Part(NamedTuple):
     """One micro batch's samples on one rank. `weight` of them count: none, where a rank has no sample and sends a copy.
-    `share`: of the global batch's mean, times the world size, by which DDP and FSDP divide."""
+    `share`: of the global batch's mean, times the number of data ranks, by which DDP and FSDP divide."""
 
     indices: Tensor
     weight: int
@@ -119,11 +119,11 @@ def split(
     """This rank's micro batches of the global batch order[begin:end]. Every rank gets the same number of them: a rank short of
     samples would leave the others waiting in a collective."""
     size = end - begin
-    mine = begin + size * here.rank // here.world_size
-    num_mine = begin + size * (here.rank + 1) // here.world_size - mine
-    largest = -(-size // here.world_size)
+    mine = begin + size * here.data_rank // here.data_size
+    num_mine = begin + size * (here.data_rank + 1) // here.data_size - mine
+    largest = -(-size // here.data_size)
     count = -(-largest // micro_batch_size)
-    scale = here.world_size / size
+    scale = here.data_size / size
     parts = []
     for k in range(count):
         first, last = mine + num_mine * k // count, mine + num_mine * (k + 1) // count
@@ -180,8 +180,9 @@ class TrainingOrder:
         epoch, within = divmod(batch, self.steps_per_epoch)
         start = within * self.global_batch_size
         samples = self.permutation(epoch)[start : start + self.global_batch_size].tolist()
-        ranks, size = self.here.world_size, len(samples)
-        return epoch, [samples[size * rank // ranks : size * (rank + 1) // ranks] for rank in range(ranks)]
+        parts, size = self.here.data_size, len(samples)
+        by_part = [samples[size * part // parts : size * (part + 1) // parts] for part in range(parts)]
+        return epoch, [by_part[rank // self.here.model_ranks] for rank in range(self.here.world_size)]
 
     def steps(self, first_step: int) -> Iterator[list[Part]]:
         epoch, within = divmod(self.batch_of(first_step), self.steps_per_epoch)
@@ -209,7 +210,7 @@ class EvaluationOrder:
     here: Place
 
     def __iter__(self) -> Iterator[Part]:
-        order, size = Computed(self.length, None), self.batch_size * self.here.world_size
+        order, size = Computed(self.length, None), self.batch_size * self.here.data_size
         for start in range(0, self.length, size):
             yield from split(order, start, min(start + size, self.length), self.here, self.batch_size, epoch=0)
 

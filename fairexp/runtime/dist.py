@@ -15,16 +15,30 @@ import torch.distributed as dist
 
 @dataclass(frozen=True)
 class Place:
-    """Which rank this is, of how many, on which device."""
+    """Which rank this is, of how many, on which device. `model_ranks` ranks in a row hold one model's parts and work on the
+    same samples; to the data they are one rank of `data_size`."""
 
     rank: int
     world_size: int
     local_rank: int
     device: torch.device
+    model_ranks: int = 1
 
     @property
     def first(self) -> bool:
         return self.rank == 0
+
+    @property
+    def data_rank(self) -> int:
+        return self.rank // self.model_ranks
+
+    @property
+    def data_size(self) -> int:
+        return self.world_size // self.model_ranks
+
+    @property
+    def model_rank(self) -> int:
+        return self.rank % self.model_ranks
 
 
 def place(device: str) -> Place:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+from fairexp.runtime.pretrained import Pretrained
+from fairexp.runtime.shards import piece
 
 
 @runtime_checkable
@@ -44,13 +48,18 @@ def materialize(model: nn.Module, device: torch.device, seed: int) -> None:
     """Puts the model on the device; one that was built on the meta device gets its weights now, its own shard of each.
 
     The full tensor is drawn on the CPU and sliced: DTensor's own random numbers on CPU give every rank the same shard, and
-    a GPU's generator would give other weights than the CPU's.
+    a GPU's generator would give other weights than the CPU's. A model whose attribute `weights` names a folder starts from
+    the safetensors there.
     """
     if not any(tensor.is_meta for _, tensor in tensors(model)):
         model.to(device)
         return
     assert isinstance(model, NamedInit)
     model.to_empty(device=device)
+    weights = getattr(model, "weights", None)
+    if isinstance(weights, str):
+        _read(Pretrained(Path(weights).expanduser(), model, tensors(model)), model)
+        return
     for name, tensor in tensors(model):
         full = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
         with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -61,6 +70,17 @@ def materialize(model: nn.Module, device: torch.device, seed: int) -> None:
                 tensor.to_local().copy_(shard.to_local())
             else:
                 tensor.copy_(full)
+
+
+@torch.no_grad()
+def _read(pretrained: Pretrained, model: nn.Module) -> None:
+    """Fills each tensor with what this rank holds of it; no rank reads the others' part."""
+    for name, tensor in tensors(model):
+        values, offset = piece(tensor)
+        if values.numel():
+            ends = zip(offset, values.shape, strict=True)
+            where = [(begin, begin + size) for begin, size in ends]
+            values.copy_(pretrained.read(name, tensor.shape, where))
 
 
 def tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

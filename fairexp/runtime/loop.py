@@ -90,7 +90,7 @@ def train_step(run: Run, micro_batches: list[MicroBatch], wants_norm: bool) -> t
 
 
 def shares(run: Run, micro_batches: list[MicroBatch]) -> Sequence[float | Tensor | None]:
-    """What each micro batch's mean loss counts, times the world size, by which DDP and FSDP divide; None is 1.
+    """What each micro batch's mean loss counts, times the number of data ranks, by which DDP and FSDP divide; None is 1.
 
     A mean over samples counts by their number, which every rank knows. Where a task weighs its batches, such as by tokens, the
     ranks add up their weights first.
@@ -99,7 +99,7 @@ def shares(run: Run, micro_batches: list[MicroBatch]) -> Sequence[float | Tensor
     if weigh is None:
         return [None if micro_batch.share == 1.0 else micro_batch.share for micro_batch in micro_batches]
     weights = torch.stack([weigh(each.batch) * (each.weight > 0) for each in micro_batches]).double()
-    total = dist.sum_over_ranks(weights.sum())
+    total = dist.sum_over_ranks(weights.sum())  # ranks that share their samples count them each: so does the world size
     return (weights * run.here.world_size / total.clamp(min=1)).unbind()
 
 
@@ -145,7 +145,7 @@ def log(run: Run, loss: Tensor, grad_norm: Tensor | None, clock: Clock) -> None:
     """A record of the step just done. The only place where the host waits for the device's numbers."""
     assert grad_norm is not None
     run.guard.check()
-    # the ranks' shares are of the mean times the world size
+    # each data rank's loss is a share of the mean times their number; ranks that share samples report the same loss
     mean_loss = float(dist.sum_over_ranks(loss.clone())) / run.here.world_size
     record = {
         "train/loss": mean_loss,

@@ -60,7 +60,7 @@ def piece(tensor: Tensor) -> Piece:
 
 def mine(tensors: Mapping[str, Tensor], here: Place) -> dict[str, Piece]:
     """The pieces that this rank writes: each part of each tensor is written by one of the ranks that hold it, and all write
-    about as much. Names that begin with `rng.` are each rank's own."""
+    about as much. Names that begin with `rng.` are this rank's own."""
     chosen = {}
     load = [0] * here.world_size
     for name in sorted(tensors, key=lambda name: (-tensors[name].nbytes, name)):
@@ -71,6 +71,8 @@ def mine(tensors: Mapping[str, Tensor], here: Place) -> dict[str, Piece]:
                 tensor.device_mesh.get_local_rank(dim) == zlib.crc32(name.encode()) % tensor.device_mesh.size(dim)
                 for dim in copies
             )
+            if tensor.device_mesh.size() < here.world_size:  # each rank of a model's group holds it
+                writes = writes and here.model_rank == zlib.crc32(name.encode()) % here.model_ranks
         elif name.startswith("rng."):
             writes = True
         else:

@@ -98,15 +98,18 @@ def announce(run: building.Run) -> None:
     if not run.here.first:
         return
     config, here, trainer = run.config, run.here, run.trainer
+    readers = (
+        f"{here.data_size} ranks" if here.model_ranks == 1 else f"{here.data_size} groups of {here.model_ranks} ranks"
+    )
     per_rank = run.training.micro_batch_size
-    accumulation = -(-trainer.global_batch_size // (per_rank * here.world_size))
+    accumulation = -(-trainer.global_batch_size // (per_rank * here.data_size))
     parameters = sum(parameter.numel() for parameter in run.parameters.values())
     lines = [
         f"{run.dir.path.name}: {config['strategy']['_target_'].rpartition('.')[2]}, {here.world_size} x {here.device.type}, "
         f"{torch.get_num_threads()} CPU thread{'s' if torch.get_num_threads() > 1 else ''} a rank, {trainer.precision}",
         f"model {config['model']['_target_'].rpartition('.')[2]}: {parameters:,} parameters",
         f"data {run.training.length:,} samples, {run.training.steps_per_epoch} steps an epoch",
-        f"batch {trainer.global_batch_size} = {here.world_size} ranks x {accumulation} micro batches x {per_rank}",
+        f"batch {trainer.global_batch_size} = {readers} x {accumulation} micro batches x {per_rank}",
         f"steps {run.step} -> {run.max_steps}" + (" (resumed)" if run.step else ""),
     ]
     print("\n".join(lines), file=sys.stderr, flush=True)

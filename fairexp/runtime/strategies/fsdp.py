@@ -24,6 +24,7 @@ class FSDP:
     """Each unit (an element of an nn.ModuleList, or what `units` names) is gathered for its forward and backward, then freed."""
 
     needs_group = True
+    model_ranks = 1
 
     def __init__(
         self,
@@ -50,12 +51,16 @@ class FSDP:
         shape = (here.world_size // size, size)
         return init_device_mesh(here.device.type, shape, mesh_dim_names=("replicate", "shard"))
 
+    def cut(self, model: nn.Module, here: Place) -> None:
+        """Cuts layers themselves, before they are sharded: nothing, here."""
+
     def wrap(self, model: nn.Module, here: Place, seed: int) -> nn.Module:
         # pinned memory needs an accelerator, and torch asks for it by default
         offload = CPUOffloadPolicy(pin_memory=here.device.type != "cpu") if self.cpu_offload else OffloadPolicy()
         shard = partial(fully_shard, mesh=self.mesh(here), mp_policy=self.mixed_precision, offload_policy=offload)
         if not any(tensor.is_meta for _, tensor in init.tensors(model)):
             model.to(here.device)  # built by its constructor, with the same weights on every rank: shard what is there
+        self.cut(model, here)
         for unit in units(model, self.units).values():
             shard(unit, reshard_after_forward=self.reshard_after_forward)
         shard(model)  # the root keeps its parameters gathered: backward needs them at once

@@ -18,6 +18,7 @@ class Single:
     """The model as it is."""
 
     needs_group = False
+    model_ranks = 1
 
     def wrap(self, model: nn.Module, here: Place, seed: int) -> nn.Module:
         init.materialize(model, here.device, seed)

@@ -17,6 +17,9 @@ class Strategy(Protocol):
     needs_group: bool
     """Whether a process group is needed even for one rank."""
 
+    model_ranks: int
+    """How many ranks in a row hold one model's parts and so work on the same samples; 1, but for tensor parallelism."""
+
     def wrap(self, model: nn.Module, here: Place, seed: int) -> nn.Module:
         """The model on its device, its weights initialised, spread over the ranks. `model` itself keeps its names."""
 

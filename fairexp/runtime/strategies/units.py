@@ -19,7 +19,7 @@ def units(model: nn.Module, patterns: Sequence[str] | None = None) -> dict[str, 
             if name and any(fnmatchcase(name, pattern) for pattern in patterns)
         }
         if not chosen:
-            raise RunError(f"strategy.units: no module matches {list(patterns)}; modules: {_names(model)}")
+            raise RunError(f"strategy.units: no module matches {list(patterns)}; modules: {names_of(model)}")
         return chosen
     chosen = {}
     for name, module in model.named_modules():
@@ -38,6 +38,7 @@ def units(model: nn.Module, patterns: Sequence[str] | None = None) -> dict[str, 
     }
 
 
-def _names(model: nn.Module) -> str:
+def names_of(model: nn.Module) -> str:
+    """The first twenty names of modules."""
     names = [name for name, _ in model.named_modules() if name]
     return ", ".join(names[:20]) + (" ..." if len(names) > 20 else "")
