@@ -103,7 +103,9 @@ def build(run_dir: RunDir, config: Mapping[str, Any], here: dist.Place, stop: St
     lengths = {part: data.length(dataset, part) for part, dataset in datasets.items()}
     per_rank = -(-trainer.global_batch_size // here.world_size)
     micro_batch_size = trainer.micro_batch_size or per_rank
-    training = data.TrainingOrder(lengths["train"], trainer.global_batch_size, micro_batch_size, here, seed)
+    training = data.TrainingOrder(
+        lengths["train"], trainer.global_batch_size, micro_batch_size, here, seed, datasets["train"]
+    )
     max_steps = trainer.max_steps or trainer.max_epochs * training.steps_per_epoch  # type: ignore[operator]
 
     run = Run(

@@ -45,6 +45,13 @@ class BatchDataset(Protocol):
     def __getitems__(self, indices: Tensor) -> Any: ...
 
 
+@runtime_checkable
+class ShuffledDataset(Protocol):
+    """A data set that shuffles itself, since some orders are cheaper to read: a permutation of its indices, of the generator."""
+
+    def permutation(self, generator: torch.Generator) -> Tensor: ...
+
+
 class Part(NamedTuple):
     """One micro batch's samples on one rank. `weight` of them count: none, where a rank has no sample and sends a copy.
     `share`: of the global batch's mean, times the world size, by which DDP and FSDP divide."""
@@ -87,10 +94,20 @@ def split(
 
 class TrainingOrder:
     """The parts of every step from `first_step` on: an epoch is a seeded permutation, cut into global batches. The last one of
-    an epoch may be smaller: every sample is seen once an epoch. `left_out`: the numbers of the batches that no step takes."""
+    an epoch may be smaller: every sample is seen once an epoch. `left_out`: the numbers of the batches that no step takes.
+    `dataset`: its own permutation is taken, if it has one."""
 
-    def __init__(self, length: int, global_batch_size: int, micro_batch_size: int, here: Place, seed: int):
+    def __init__(
+        self,
+        length: int,
+        global_batch_size: int,
+        micro_batch_size: int,
+        here: Place,
+        seed: int,
+        dataset: Any = None,
+    ):
         self.length = length
+        self.shuffled = dataset if isinstance(dataset, ShuffledDataset) else None
         self.global_batch_size = global_batch_size
         self.micro_batch_size = micro_batch_size
         self.here = here
@@ -100,7 +117,13 @@ class TrainingOrder:
 
     def permutation(self, epoch: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed_of(self.seed, "order", epoch))
-        return torch.randperm(self.length, generator=generator)
+        if self.shuffled is None:
+            return torch.randperm(self.length, generator=generator)
+        order = self.shuffled.permutation(generator)
+        if len(order) != self.length:
+            what = type(self.shuffled).__qualname__
+            raise RunError(f"dataset.train: {what}.permutation gave {len(order):,} of {self.length:,} samples")
+        return order
 
     def batch_of(self, step: int) -> int:
         """The number of the global batch that the step takes, both from 0: the step-th of those that aren't left out."""
