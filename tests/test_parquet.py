@@ -2,6 +2,7 @@
 
 import io
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from fairexp.datasets.columns import need
 from fairexp.datasets.image_folder import ImageFolder
 from fairexp.datasets.parquet import ParquetImages, ParquetRows, Table
 from fairexp.datasets.windows import window_permutation
@@ -212,3 +214,10 @@ def test_a_path_in_an_image_column_is_not_followed(tmp_path: Path) -> None:
     write_table(tmp_path, image=column, label=[0])
     with pytest.raises(ValueError, match="row 0 has no bytes in 'image': paths to other files aren't followed"):
         images(tmp_path)[0]
+
+
+@pytest.mark.parametrize(("module", "extra"), [("pyarrow", "parquet"), ("datasets", "datasets")])
+def test_without_the_library_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch, module: str, extra: str) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ImportError, match=rf"this data set needs {module}: pip install 'fairexp\[{extra}\]'"):
+        need(extra)

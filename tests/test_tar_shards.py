@@ -16,8 +16,9 @@ import pytest
 import torch
 from PIL import Image
 
-from fairexp.datasets import tar_shards
+from fairexp.datasets import index_file, tar_shards
 from fairexp.datasets.image_folder import ImageFolder
+from fairexp.datasets.index_file import Index
 from fairexp.datasets.tar_shards import Shards, TarImages, TarSamples
 
 torch.set_num_threads(1)
@@ -168,32 +169,32 @@ def test_an_index_is_made_once_and_again_when_the_tar_is_another(
 
 def test_an_index_that_speaks_of_places_outside_the_tar_is_not_believed(tmp_path: Path) -> None:
     index = tar_shards.build(write_tar(tmp_path / "a.tar", samples(0, 2)), size := (tmp_path / "a.tar").stat().st_size)
-    assert index.fits(size)
-    far = np.int64(2**62)
+    assert tar_shards.fits(index, size)
     for name, worse in {
-        "offsets": index.offsets + size,
-        "sizes": index.sizes + far,
-        "ends": index.ends + 1,
-        "name_ends": index.name_ends[::-1].copy(),
-        "kinds": index.kinds + np.uint16(4),
-        "checks": index.checks[1:],
+        "offsets": index.arrays["offsets"] + size,
+        "sizes": index.arrays["sizes"] + np.int64(2**62),
+        "ends": index.arrays["ends"] + 1,
+        "name_ends": index.arrays["name_ends"][::-1],
+        "kinds": index.arrays["kinds"] + np.uint16(4),
+        "checks": index.arrays["checks"][1:],
+        "more": index.arrays["checks"],
     }.items():
-        assert not index._replace(**{name: worse}).fits(size), name
-    assert not index._replace(offsets=-index.offsets).fits(size)
+        assert not tar_shards.fits(Index(index.arrays | {name: worse}, index.words), size), name
+    assert not tar_shards.fits(Index(index.arrays | {"offsets": -index.arrays["offsets"]}, index.words), size)
 
 
 @pytest.mark.parametrize("where", ["data", "nowhere"])
 def test_a_folder_that_cannot_be_written_has_its_indexes_in_the_cache_or_in_memory(
     tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
-    write = tar_shards.write
+    write = index_file.write
 
     def refuse(path: Path, data: bytes) -> None:  # root writes where the mode forbids it
         if where == "nowhere" or path.parent == tmp_path:
             raise OSError(30, "Read-only file system")
         write(path, data)
 
-    monkeypatch.setattr(tar_shards, "write", refuse)
+    monkeypatch.setattr(index_file, "write", refuse)
     assert len(Shards(write_shards(tmp_path), "*.tar")) == 12
     assert not list(tmp_path.glob("*.index"))
     cached = list((home / ".cache/fairexp/indexes").glob("*.index"))

@@ -5,7 +5,6 @@ A row costs the reading of its row group, the smallest piece that pyarrow reads;
 """
 
 import hashlib
-import io
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -17,8 +16,8 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from fairexp.datasets.columns import Columns, batch, check, named, need
-from fairexp.datasets.image_folder import image, need_pillow
+from fairexp.datasets.columns import Columns, batch, check, check_images, image_and_label, named, need
+from fairexp.datasets.image_folder import need_pillow
 from fairexp.datasets.windows import window_permutation
 
 OPEN_FILES = 32  # kept open in each process
@@ -46,20 +45,9 @@ class ParquetImages:
     ) -> None:
         need_pillow()
         need("parquet")
-        import pyarrow.types as types
-
-        image, label = columns
         self.table = Table(root, files, columns, cache_mb, window)
-        self.image, self.label = image, label
-        schema = self.table.schema
-        kind = schema.field(image).type
-        if nested := types.is_struct(kind):
-            kind = kind.field("bytes").type if kind.get_field_index("bytes") >= 0 else kind
-        if not (types.is_binary(kind) or types.is_large_binary(kind)):
-            raise ValueError(f"{root}: column {image!r} is {schema.field(image).type}, not an image file's bytes")
-        if not types.is_integer(schema.field(label).type):
-            raise ValueError(f"{root}: column {label!r} is {schema.field(label).type}, not a class's number")
-        self.nested = nested
+        check_images(self.table.schema, columns, str(root))
+        self.columns = columns
         self.image_size, self.num_classes, self.augment = image_size, num_classes, augment
         self.fingerprint = self.table.fingerprint
 
@@ -71,13 +59,7 @@ class ParquetImages:
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         row, name = self.table.row(index), self.table.name(index)
-        data, label = row[self.image], row[self.label]
-        data = data.get("bytes") if self.nested and data else data
-        if data is None:
-            raise ValueError(f"{name} has no bytes in {self.image!r}: paths to other files aren't followed")
-        if label is None or not 0 <= label < self.num_classes:
-            raise ValueError(f"{name}: its {self.label!r} is {label}, not a class of 0 to {self.num_classes - 1}")
-        return image(io.BytesIO(data), self.image_size, self.augment, name), torch.tensor(label)
+        return image_and_label(row, self.columns, self.image_size, self.num_classes, self.augment, name)
 
 
 class ParquetRows:

@@ -10,9 +10,7 @@ import io
 import json
 import os
 import re
-import stat
 import tarfile
-import tempfile
 import zlib
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping
@@ -22,11 +20,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 from torch import Generator, Tensor
 
 from fairexp.datasets.image_folder import SUFFIXES, image, need_pillow
+from fairexp.datasets.index_file import Index, ascends, index_of
 from fairexp.datasets.windows import window_permutation
 
 BLOCK = 512
@@ -49,7 +46,6 @@ REFUSED = {
     tarfile.FIFOTYPE: "a named pipe",
 }
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"(\xb5": "zstd"}
-VERSION = "1"
 OPEN_FILES = 128  # kept open in each process
 
 
@@ -148,8 +144,8 @@ def value(shards: "Shards", index: int, field: str) -> Any:
         raise ValueError(f"{shards.name(index)}: can't read its {field}: {error!r}") from None
 
 
-class Index(NamedTuple):
-    """Where a shard's samples are. Arrays and not objects: forked workers share their memory."""
+class Layout(NamedTuple):
+    """Where a shard's samples are."""
 
     ends: np.ndarray  # int64 [samples], of each one's members
     offsets: np.ndarray  # int64 [members], of the bytes; the last header block stands in front of them
@@ -160,28 +156,26 @@ class Index(NamedTuple):
     names: np.ndarray  # uint8, the stems in a row
     extensions: list[str]
 
-    def digest(self) -> str:
-        total = hashlib.sha256("\n".join(self.extensions).encode())
-        for array in self[:-1]:
-            total.update(array.tobytes())
-        return total.hexdigest()
 
-    def fits(self, size: int) -> bool:
-        """Whether it speaks of places in a file of that size: an index is data, too."""
-        members = len(self.offsets)
-        return (
-            len(self.sizes) == len(self.checks) == len(self.kinds) == members
-            and len(self.ends) == len(self.name_ends)
-            and _ascends(self.ends, members)
-            and _ascends(self.name_ends, len(self.names))
-            and bool((self.offsets >= BLOCK).all() and (self.sizes >= 0).all() and (self.sizes <= size).all())
-            and bool((self.offsets <= size - self.sizes).all())
-            and bool((self.kinds < len(self.extensions)).all())
-        )
+def layout(index: Index) -> Layout:
+    return Layout(extensions=index.words, **index.arrays)
 
 
-def _ascends(ends: np.ndarray, last: int) -> bool:
-    return bool((np.diff(ends, prepend=0) > 0).all()) and (int(ends[-1]) if len(ends) else 0) == last
+def fits(index: Index, size: int) -> bool:
+    """Whether the index is of samples in a tar of that size."""
+    if index.arrays.keys() != set(Layout._fields[:-1]):
+        return False
+    found = layout(index)
+    members = len(found.offsets)
+    return (
+        len(found.sizes) == len(found.checks) == len(found.kinds) == members
+        and len(found.ends) == len(found.name_ends)
+        and ascends(found.ends, members)
+        and ascends(found.name_ends, len(found.names))
+        and bool((found.offsets >= BLOCK).all() and (found.sizes >= 0).all() and (found.sizes <= size).all())
+        and bool((found.offsets <= size - found.sizes).all())
+        and bool((found.kinds < len(found.extensions)).all())
+    )
 
 
 class Shards:
@@ -196,19 +190,18 @@ class Shards:
         first = os.getpid() % len(self.paths)
         turns = [*range(first, len(self.paths)), *range(first)]
         with ThreadPoolExecutor(8) as pool:  # on a network file system each header is a wait
-            found = dict(zip(turns, pool.map(lambda turn: index_of(self.paths[turn]), turns), strict=True))
-        self.indexes = [found[number] for number in range(len(self.paths))]
-        self.ends = np.cumsum([len(index.ends) for index in self.indexes])
+            looked = pool.map(lambda turn: index_of(self.paths[turn], "tar 1", build, fits), turns)
+            found = dict(zip(turns, looked, strict=True))
+        self.layouts = [layout(found[number][0]) for number in range(len(self.paths))]
+        self.ends = np.cumsum([len(shard.ends) for shard in self.layouts])
         if not len(self):
             raise ValueError(f"{root}: the tars {pattern} have no sample")
-        digests = [
-            f"{path.relative_to(root)} {index.digest()}" for path, index in zip(self.paths, self.indexes, strict=True)
-        ]
+        listing = [f"{path.relative_to(root)} {found[number][1]}" for number, path in enumerate(self.paths)]
         self.fingerprint: dict[str, str | int] = {
             "shards": len(self.paths),
             "samples": len(self),
-            "bytes": sum(int(index.sizes.sum()) for index in self.indexes),
-            "digest": hashlib.sha256("\n".join(digests).encode()).hexdigest(),
+            "bytes": sum(int(shard.sizes.sum()) for shard in self.layouts),
+            "digest": hashlib.sha256("\n".join(listing).encode()).hexdigest(),
         }
         self._files: OrderedDict[int, int] = OrderedDict()  # shard -> descriptor
 
@@ -223,19 +216,19 @@ class Shards:
             os.close(file)
 
     def permutation(self, generator: Generator) -> Tensor:
-        return window_permutation([len(index.ends) for index in self.indexes], self.window, generator)
+        return window_permutation([len(shard.ends) for shard in self.layouts], self.window, generator)
 
     def name(self, index: int) -> str:
         """What a person finds the sample by."""
         shard, place = self._place(index)
-        found = self.indexes[shard]
+        found = self.layouts[shard]
         begin = found.name_ends[place - 1] if place else 0
         return f"{self.paths[shard]}: sample {os.fsdecode(found.names[begin : found.name_ends[place]].tobytes())!r}"
 
     def read(self, index: int, extensions: Collection[str]) -> tuple[str, bytes]:
         """The extension and the bytes of the one member that has one of the extensions."""
         shard, place = self._place(index)
-        found = self.indexes[shard]
+        found = self.layouts[shard]
         members = range(found.ends[place - 1] if place else 0, found.ends[place])
         named = [(found.extensions[found.kinds[member]], member) for member in members]
         fitting = [pair for pair in named if pair[0] in extensions]
@@ -263,61 +256,6 @@ class Shards:
             self._files[shard] = os.open(self.paths[shard], os.O_RDONLY)
         self._files.move_to_end(shard)
         return self._files[shard]
-
-
-def index_of(path: Path) -> Index:
-    """The shard's index: the one that was written, if it is of this very file; or a new one, written for the next time.
-
-    It stands beside the shard or, where that can't be written, in ~/.cache/fairexp. Where that can't either, it is made
-    at each start. Who builds at the same time writes the same file.
-    """
-    state = path.stat()
-    if not stat.S_ISREG(state.st_mode):
-        raise ValueError(f"{path}: not a file")
-    identity = {"version": VERSION, "size": str(state.st_size), "mtime_ns": str(state.st_mtime_ns)}
-    name = hashlib.sha256(os.fsencode(path.absolute())).hexdigest()[:24]
-    places = [path.with_name(f"{path.name}.index"), Path.home() / f".cache/fairexp/indexes/{name}.index"]
-    for place in places:
-        if index := load(place, identity, state.st_size):
-            return index
-    index = build(path, state.st_size)
-    tensors = {field: array for field, array in index._asdict().items() if field != "extensions"}
-    identity |= {"extensions": json.dumps(index.extensions), "digest": index.digest()}
-    for place in places:
-        try:
-            write(place, save(tensors, identity))
-            break
-        except OSError:
-            continue
-    return index
-
-
-def load(path: Path, identity: Mapping[str, str], size: int) -> Index | None:
-    """The index in that file; None where there is none, or of another tar, or a damaged one."""
-    try:
-        with safe_open(path, framework="np") as file:
-            facts = file.metadata() or {}
-            if any(facts.get(key) != expected for key, expected in identity.items()):
-                return None
-            arrays = {field: file.get_tensor(field) for field in Index._fields[:-1]}
-            index = Index(extensions=json.loads(facts["extensions"]), **arrays)
-            return index if index.digest() == facts["digest"] and index.fits(size) else None
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
-        return None
-
-
-def write(path: Path, data: bytes) -> None:
-    """The whole file at once, or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with open(descriptor, "wb") as file:
-            os.fchmod(descriptor, 0o644)  # mkstemp's is for its owner alone
-            file.write(data)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def build(path: Path, size: int) -> Index:
@@ -357,16 +295,16 @@ def build(path: Path, size: int) -> Index:
     finally:
         os.close(descriptor)
     columns = np.array(rows, np.int64).reshape(-1, 4)
-    return Index(
-        ends=np.array([*ends[1:], len(rows)] if ends else [], np.int64),
-        offsets=columns[:, 0].copy(),
-        sizes=columns[:, 1].copy(),
-        checks=columns[:, 2].astype(np.uint32),
-        kinds=columns[:, 3].astype(np.uint16),
-        name_ends=np.cumsum([len(stem) for stem in stems], dtype=np.int64),
-        names=np.frombuffer(b"".join(stems), np.uint8),
-        extensions=list(extensions),
-    )
+    arrays: dict[str, np.ndarray] = {
+        "ends": np.array([*ends[1:], len(rows)] if ends else [], np.int64),
+        "offsets": columns[:, 0].copy(),
+        "sizes": columns[:, 1].copy(),
+        "checks": columns[:, 2].astype(np.uint32),
+        "kinds": columns[:, 3].astype(np.uint16),
+        "name_ends": np.cumsum([len(stem) for stem in stems], dtype=np.int64),
+        "names": np.frombuffer(b"".join(stems), np.uint8),
+    }
+    return Index(arrays, list(extensions))
 
 
 def walk(descriptor: int, path: Path, size: int) -> Iterator[tuple[str, int, int, int]]:
