@@ -217,7 +217,9 @@ def test_a_path_in_an_image_column_is_not_followed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("module", "extra"), [("pyarrow", "parquet"), ("datasets", "datasets")])
-def test_without_the_library_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch, module: str, extra: str) -> None:
+def test_without_the_library_the_error_names_the_extra(
+    monkeypatch: pytest.MonkeyPatch, module: str, extra: str
+) -> None:
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ImportError, match=rf"this data set needs {module}: pip install 'fairexp\[{extra}\]'"):
         need(extra)
