@@ -281,7 +281,7 @@ def test_a_run_on_a_mixture_keeps_its_proportions_and_goes_on_where_an_epoch_end
         given, ranks = run.training, []
         for rank in range(world_size):
             here = Place(rank, world_size, rank, HERE.device)
-            order = TrainingOrder(length, 9, 4, here, given.seed, given.shuffle, given.endless)
+            order = TrainingOrder(length, 9, 4, here, given.seed, given.shuffle, run.fetch_training.dataset)
             ranks.append(islice(Batches(run.fetch_training, order, here, 0, first), num))
         micros = [micro for step in zip(*ranks, strict=True) for micros in step for micro in micros]
         return [whose[tuple(row)] for micro in micros for row in micro.batch["tokens"][: micro.weight].tolist()]
@@ -399,7 +399,7 @@ class Endless:
 
 def test_an_endless_set_gives_the_next_samples_each_epoch_shuffled_within_it_or_not(tmp_path: Path) -> None:
     for shuffle in (False, True):
-        order = TrainingOrder(10, 4, 4, HERE, seed=0, shuffle=shuffle, endless=True)
+        order = TrainingOrder(10, 4, 4, HERE, seed=0, shuffle=shuffle, dataset=Endless())
         fetcher = Fetcher(Endless(), None, 0, BadSamples(tmp_path, 0, most=9))
         epochs = [[i for (part,) in islice(order.steps(3 * n), 3) for i in fetcher[part].tolist()] for n in range(3)]
         there = [list(range(10 * n, 10 * n + 10)) for n in range(3)]

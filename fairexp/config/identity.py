@@ -24,7 +24,7 @@ NOT_IDENTITY = {
     "trainer.hang_timeout_s",
 }
 CHANGING = ("skip", "rollback")  # the policies of the guard that change a run's numbers
-NOT_IDENTITY_ANYWHERE = {"root", "expects"}  # a data folder's path and layout, in any section
+NOT_IDENTITY_ANYWHERE = {"root", "expects", "cache_mb"}  # a data folder's path, layout and cache, in any section
 
 
 def run_id(config: Mapping[str, Any]) -> str:

@@ -1,15 +1,20 @@
-"""JPEG, PNG and other image files in ImageNet's layout, read with Pillow (the extra `images`)."""
+"""JPEG, PNG and other image files in ImageNet's layout, read with Pillow (the extra `images`).
+
+`image` decodes and augments for every data set of images, whatever holds their bytes.
+"""
 
 import math
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+# Pillow's readers that run no other program on the file: EPS, which it would recognise under any name, starts Ghostscript.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)  # ImageNet's, of RGB in 0..1
 STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
@@ -28,10 +33,7 @@ class ImageFolder:
     def __init__(
         self, root: str | Path, split: Literal["train", "val"], image_size: int, num_classes: int, augment: bool
     ) -> None:
-        try:
-            import PIL  # noqa: F401  # so that a run without it fails here, not at its first image
-        except ImportError as error:
-            raise ImportError("reading image files needs Pillow: pip install 'fairexp[images]'") from error
+        need_pillow()
         if split not in ("train", "val"):
             raise ValueError(f"split={split!r}: ImageFolder has train and val")
         classes = class_names(Path(root, "train"))
@@ -54,13 +56,30 @@ class ImageFolder:
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         path = os.fsdecode(self.paths[index])
-        try:
-            pixels = load(path, self.image_size, random_box if self.augment else central_box)
-        except Exception as error:  # a broken file makes Pillow raise nearly anything
-            raise ValueError(f"{path}: can't read this image: {error}") from error
-        if self.augment and torch.rand(()) < 0.5:
-            pixels = pixels.flip(-1)
-        return (pixels.float() / 255 - MEAN) / STD, self.labels[index]
+        return image(path, self.image_size, self.augment, path), self.labels[index]
+
+
+def need_pillow() -> None:
+    """An ImportError that names the extra: a run without it fails at its start, not at its first image."""
+    try:
+        import PIL  # noqa: F401
+    except ImportError as error:
+        raise ImportError("reading image files needs Pillow: pip install 'fairexp[images]'") from error
+
+
+def image(source: str | BinaryIO, size: int, augment: bool, name: str) -> Tensor:
+    """An image file or its open bytes as normalised float32 [3, size, size]; a ValueError that begins with the name.
+
+    With `augment`, a random part of it, mirrored half of the time, by torch's global generator; without, the central 7/8
+    of the short side.
+    """
+    try:
+        pixels = load(source, size, random_box if augment else central_box)
+    except Exception as error:  # a broken file makes Pillow raise nearly anything
+        raise ValueError(f"{name}: can't read this image: {error}") from error
+    if augment and torch.rand(()) < 0.5:
+        pixels = pixels.flip(-1)
+    return (pixels.float() / 255 - MEAN) / STD
 
 
 def class_names(folder: Path) -> list[str]:
@@ -73,11 +92,11 @@ def image_files(folder: Path) -> list[bytes]:
     return [os.fsencode(folder / name) for name in names]
 
 
-def load(path: str, size: int, choose_box: Callable[[int, int], Box]) -> Tensor:
+def load(source: str | BinaryIO, size: int, choose_box: Callable[[int, int], Box]) -> Tensor:
     """The chosen part of an image file in RGB, resized with antialiasing to uint8 [3, size, size]."""
     from PIL import Image
 
-    with Image.open(path) as file:
+    with Image.open(source, formats=FORMATS) as file:
         width, height = file.size
         if Image.MAX_IMAGE_PIXELS and width * height > Image.MAX_IMAGE_PIXELS:  # Pillow itself only warns
             raise ValueError(f"{width} x {height} pixels are more than PIL.Image.MAX_IMAGE_PIXELS")

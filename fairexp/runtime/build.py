@@ -112,9 +112,8 @@ def build(run_dir: RunDir, config: Mapping[str, Any], here: dist.Place, stop: St
     per_rank = -(-trainer.global_batch_size // here.data_size)
     micro_batch_size = trainer.micro_batch_size or per_rank
     shuffle = config["dataset"].get("shuffle", True)
-    endless = data.endless(datasets["train"])
     training = data.TrainingOrder(
-        lengths["train"], trainer.global_batch_size, micro_batch_size, here, seed, shuffle, endless
+        lengths["train"], trainer.global_batch_size, micro_batch_size, here, seed, shuffle, datasets["train"]
     )
     max_steps = trainer.max_steps or trainer.max_epochs * training.steps_per_epoch  # type: ignore[operator]
 

@@ -61,6 +61,13 @@ class BatchDataset(Protocol):
     def __getitems__(self, indices: Tensor) -> Any: ...
 
 
+@runtime_checkable
+class ShuffledDataset(Protocol):
+    """A data set that shuffles itself, since some orders are cheaper to read: a permutation of its indices, of the generator."""
+
+    def permutation(self, generator: torch.Generator) -> Tensor: ...
+
+
 class Part(NamedTuple):
     """One micro batch's samples on one rank. `weight` of them count: none, where a rank has no sample and sends a copy.
     `share`: of the global batch's mean, times the number of data ranks, by which DDP and FSDP divide."""
@@ -137,8 +144,8 @@ def split(
 class TrainingOrder:
     """The parts of every step from `first_step` on: an epoch is a seeded permutation, cut into global batches. The last one of
     an epoch may be smaller: every sample is seen once an epoch. `left_out`: the numbers of the batches that no step takes.
-    Without `shuffle` the samples come as the data set has them: it brings its own order. An `endless` set has other samples
-    each epoch: where one ends the next goes on."""
+    Without `shuffle` the samples come as the data set has them: it brings its own order; so does one with a permutation of its
+    own. An endless `dataset` has other samples each epoch: where one ends the next goes on."""
 
     def __init__(
         self,
@@ -148,25 +155,32 @@ class TrainingOrder:
         here: Place,
         seed: int,
         shuffle: bool = True,
-        endless: bool = False,
+        dataset: Any = None,
     ):
         self.length = length
+        self.shuffled = dataset if isinstance(dataset, ShuffledDataset) else None
         self.global_batch_size = global_batch_size
         self.micro_batch_size = micro_batch_size
         self.here = here
         self.seed = seed
         self.steps_per_epoch = -(-length // global_batch_size)
         self.shuffle = shuffle
-        self.endless = endless
+        self.endless = endless(dataset)
         self.left_out: list[int] = []
 
     def permutation(self, epoch: int) -> Order:
         """The epoch's order."""
         first = epoch * self.length if self.endless else 0
-        if not self.shuffle or self.length > MOST_IN_MEMORY:
+        if not self.shuffle or (self.shuffled is None and self.length > MOST_IN_MEMORY):
             return Computed(self.length, seed_of(self.seed, "order", epoch) if self.shuffle else None, first)
         generator = torch.Generator().manual_seed(seed_of(self.seed, "order", epoch))
-        return first + torch.randperm(self.length, generator=generator)
+        if self.shuffled is None:
+            return first + torch.randperm(self.length, generator=generator)
+        order = self.shuffled.permutation(generator)
+        if len(order) != self.length:
+            what = type(self.shuffled).__qualname__
+            raise RunError(f"dataset.train: {what}.permutation gave {len(order):,} of {self.length:,} samples")
+        return order
 
     def batch_of(self, step: int) -> int:
         """The number of the global batch that the step takes, both from 0: the step-th of those that aren't left out."""
