@@ -441,6 +441,7 @@ class Batches:
         self.num_workers = num_workers
         self.waited_s = 0.0
         self._batches: Iterator[Any] | None = None
+        self._workers: list[multiprocessing.process.BaseProcess] = []
         self.restart(first_step)
 
     def restart(self, first_step: int) -> None:
@@ -512,7 +513,12 @@ class Batches:
 
     def close(self) -> None:
         """Ends the workers."""
-        self._batches = None
+        self._batches = None  # which ends them, unless something else holds torch's iterator, such as an exception's frames
+        for worker in self._workers:
+            if worker.is_alive():
+                worker.kill()  # they ignore the gentler signals
+                worker.join()
+        self._workers = []
 
 
 def _died(pid: int | None, code: int) -> RunError:

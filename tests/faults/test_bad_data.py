@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -185,6 +186,7 @@ def test_a_data_loading_process_that_is_killed_is_the_machines_fault(
     assert re.fullmatch(rf"data loading process \d+ was killed by {by}: .*", str(caught.value))
     assert words in str(caught.value)
     assert signal.getsignal(signal.SIGCHLD) in (handler, signal.SIG_DFL)  # torch's would raise in the middle of a save
+    assert multiprocessing.active_children() == []  # though the error's frames still hold torch's iterator
 
 
 def can_mount() -> bool:
