@@ -513,7 +513,9 @@ class Batches:
 
     def close(self) -> None:
         """Ends the workers."""
-        self._batches = None  # which ends them, unless something else holds torch's iterator, such as an exception's frames
+        self._batches = (
+            None  # which ends them, unless something else holds torch's iterator, such as an exception's frames
+        )
         for worker in self._workers:
             if worker.is_alive():
                 worker.kill()  # they ignore the gentler signals
