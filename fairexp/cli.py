@@ -26,7 +26,7 @@ fairexp: config-driven experiments for PyTorch
   fairexp sync RUNS              send to W&B what their pages lack of metrics.jsonl
   fairexp compare RUNS           the results side by side; --over seed: mean and 95 % interval
   fairexp eval RUN [--step N]    evaluate a run's last checkpoint; key=value changes its config
-  fairexp generate RUN           text from a run's language model: --prompt, --tokens, --temperature
+  fairexp generate RUN           text from a run's language model: --prompt, --tokens, --top-k
   fairexp export RUN FOLDER      a language model's weights for transformers' from_pretrained
   fairexp checkpoints RUN        what it has saved, verified byte for byte; --quick: by size
   fairexp verify-resume [overrides]  prove that your training goes on bit for bit after a kill

@@ -75,7 +75,7 @@ def loaded(environment: dict[str, str], folder: Path) -> Callable[..., tuple[str
 def test_help_is_one_screen_with_the_verbs_and_the_options_of_each_group(fairexp: Command) -> None:
     shown = fairexp("--help").stdout
     lines = shown.splitlines()
-    assert len(lines) <= 50
+    assert len(lines) <= 56
     assert max(map(len, lines)) < 100
     assert all(re.search(rf"^  fairexp {verb}\b", shown, re.MULTILINE) for verb in cli.VERBS)
     unwrapped = re.sub(r",\n {13}", ", ", shown)
@@ -102,7 +102,7 @@ def test_help_loads_neither_hydra_nor_torch(loaded: Callable[..., tuple[str, set
         ("--info defaults", "| optimizer/adamw", "no such"),
         ("--info searchpath", f"file://{OUR_CONFIGS}", "no such"),
         ("--hydra-help", "--multirun", "no such"),
-        ("--help", "experiment: resnet_digits, vit_digits", "no such"),
+        ("--help", "experiment: lm_text, resnet_digits, vit_digits", "no such"),
         ("-h model=mlp", "_target_: fairexp.models.mlp.MLP", "ViT"),
         ("--config-dir theirs --cfg job experiment=mine", "depth: 7", "depth: 4"),
         ("--cfg job --config-dir=theirs +experiment=mine", "depth: 7", "depth: 4"),
@@ -350,7 +350,7 @@ def test_an_experiment_is_the_same_run_with_and_without_a_plus() -> None:
     assert identity("experiment=vit_digits") == identity("+experiment=vit_digits")
 
 
-@pytest.mark.parametrize(("limit", "code"), [(1000, 2), (1700, 1)])
+@pytest.mark.parametrize(("limit", "code"), [(1000, 2), (2000, 1)])
 def test_a_disk_that_takes_no_more_is_one_line_and_nothing_half_made(tmp_path: Path, limit: int, code: int) -> None:
     # a limit on the size of a file fails as a full disk does; at 1,000 bytes config.yaml doesn't fit, later environment.json
     program = f"import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); from fairexp.cli import main"

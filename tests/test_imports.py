@@ -19,6 +19,7 @@ STARTS_THE_RUNTIME = (
     "launch/submit.py",
     "launch/evaluate.py",
     "launch/export.py",
+    "launch/generate.py",
     "launch/sync.py",
 )
 
