@@ -46,10 +46,16 @@ TINY = (
 )
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Of several test processes one runs a whole file, whose tests share their runs; and one all that share the cluster."""
-    group = "slurm" if "slurm" in item.path.parts else item.path.name
-    item.add_marker(pytest.mark.xdist_group(group))
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "slurm" if "/slurm/" in nodeid else nodeid.split("::")[0]
+
+    return ByFile(config, log)
 
 
 Fairexp = Callable[..., subprocess.CompletedProcess[str]]
