@@ -18,6 +18,7 @@ NOT_IDENTITY = {
     "trainer.num_workers",
     "trainer.bad_samples",  # a run that meets none is the same; one that does goes on, and has written down which
     "trainer.log_every",
+    "trainer.profile_steps",
     "trainer.device",
     "trainer.activation_checkpointing",  # the same bits for less memory
     "guard.max_events",

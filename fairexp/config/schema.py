@@ -46,6 +46,7 @@ class Trainer:
     ema_decay: Fraction | None
     eval_every: Positive | None
     log_every: Positive
+    profile_steps: list[Positive] | None
     eval_batch_size: Positive | None
     deterministic: bool
     num_workers: Annotated[int, Bound(0)]

@@ -228,11 +228,17 @@ def nodes(node: Any, prefix: str = "") -> Iterator[tuple[str, Mapping[str, Any]]
 
 
 def lengths(composed: Composed) -> Iterator[str]:
-    """A run without an end, and a schedule that is longer than the run."""
+    """A run without an end, a schedule that is longer than the run, and steps to trace that it doesn't have."""
     trainer = _readable(composed, "trainer", schema.Trainer)
     given = composed.config.get("trainer")
     if isinstance(given, Mapping) and all(given.get(key, 0) is None for key in ("max_steps", "max_epochs")):
         yield f"{composed.at('trainer.max_steps')}: null, and trainer.max_epochs too; give one of them"
+    if (traced := trainer.profile_steps) is not None:
+        where = composed.at("trainer.profile_steps")
+        if len(traced) != 2 or traced[0] > traced[1]:
+            yield f"{where}: takes [first, last], the steps to trace, such as [10, 12], got {traced}"
+        elif trainer.max_steps and traced[0] > trainer.max_steps:
+            yield f"{where}: {traced} begins after trainer.max_steps, which is {trainer.max_steps}"
     schedule = composed.config.get("schedule")
     if not isinstance(schedule, Mapping) or not str(schedule.get("_target_")).startswith("fairexp.optim.schedules."):
         return

@@ -6,6 +6,7 @@ import resource
 import sys
 import time
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -15,15 +16,19 @@ from fairexp.errors import RunError
 from fairexp.runtime import checkpoint, dist
 from fairexp.runtime.build import Run
 from fairexp.runtime.data import Batches, MicroBatch, to_device
+from fairexp.runtime.peaks import peak_flops
+from fairexp.runtime.profile import Profile
 
 
 def fit(run: Run) -> None:
     """Trains from `run.step` to `run.max_steps`, or until all ranks have agreed to stop; logs, evaluates and saves on the way."""
     batches = Batches(run.fetch_training, run.training, run.here, run.trainer.num_workers, run.step)
     clock = Clock(run, batches)
+    profile = Profile(run)
     run.model.train()
     while run.step < run.max_steps:
         step = run.step + 1
+        profile.begins(step)
         run.beacon.at("data", step)
         micro_batches = next(batches)
         run.beacon.at("step", step)
@@ -36,7 +41,9 @@ def fit(run: Run) -> None:
         run.step = step
         if logs:
             run.beacon.at("log", step)
-            log(run, loss, grad_norm, clock)
+            log(run, loss, grad_norm, clock, micro_batches[0].batch)
+        if profile.ends(step):
+            clock.restart()
         if due(run, step, run.trainer.eval_every):
             evaluate_and_log(run)
             clock.restart()
@@ -49,6 +56,7 @@ def fit(run: Run) -> None:
             clock.restart()
         if stopping:
             break
+    profile.close()
     batches.close()
 
 
@@ -114,22 +122,30 @@ class Clock:
     def __init__(self, run: Run, batches: Batches):
         self.run = run
         self.batches = batches
+        self.peak = peak_flops(run.here.device)
+        self.flops_per_token = cache(getattr(run.module, "flops_per_token", lambda seq_len: None))
         self.restart()
 
     def restart(self) -> None:
         """Forgets the time since the last record: evaluation and saving are no step time."""
         self.step, self.began, self.waited_s = self.run.step, time.perf_counter(), self.batches.waited_s
 
-    def read(self) -> dict[str, float]:
-        """The mean step since the last record or restart."""
+    def read(self, batch: Any) -> dict[str, float]:
+        """The mean step since the last record or restart. `batch`: one of its batches; if it has tokens, those a second and,
+        where model and GPU are known, MFU: the part of the GPUs' peak that the model's own FLOPs make (PaLM, appendix B)."""
         elapsed = time.perf_counter() - self.began
         step_time = elapsed / max(self.run.step - self.step, 1)
         record = {
             "perf/step_time_s": step_time,
-            "perf/samples_per_s": self.run.trainer.global_batch_size / step_time,
+            "perf/samples_per_s": (samples_per_s := self.run.trainer.global_batch_size / step_time),
             "perf/data_wait_frac": (self.batches.waited_s - self.waited_s) / elapsed,
             "perf/memory_gib": memory_gib(self.run.here.device),
         }
+        if isinstance(batch, dict) and "tokens" in batch:
+            seq_len = batch["tokens"].shape[1]
+            record["perf/tokens_per_s"] = tokens_per_s = samples_per_s * seq_len
+            if self.peak and (flops := self.flops_per_token(seq_len)):
+                record["perf/mfu"] = flops * tokens_per_s / (self.peak * self.run.here.world_size)
         self.restart()
         return record
 
@@ -141,8 +157,8 @@ def memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
 
 
-def log(run: Run, loss: Tensor, grad_norm: Tensor | None, clock: Clock) -> None:
-    """A record of the step just done. The only place where the host waits for the device's numbers."""
+def log(run: Run, loss: Tensor, grad_norm: Tensor | None, clock: Clock, batch: Any) -> None:
+    """A record of the step just done, of which `batch` is one. The only place where the host waits for the device's numbers."""
     assert grad_norm is not None
     run.guard.check()
     # each data rank's loss is a share of the mean times their number; ranks that share samples report the same loss
@@ -152,7 +168,7 @@ def log(run: Run, loss: Tensor, grad_norm: Tensor | None, clock: Clock) -> None:
         "train/lr": run.optimizer.param_groups[0]["lr"],
         "train/grad_norm": float(grad_norm),
         "train/epoch": run.step / run.training.steps_per_epoch,
-        **clock.read(),
+        **clock.read(batch),
     }
     run.tracker.log(record, run.step)
     run.final |= record
