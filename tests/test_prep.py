@@ -6,6 +6,8 @@ import hashlib
 import itertools
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -173,7 +175,7 @@ def test_a_bpe_is_trained_alike_each_time_and_gives_the_text_back(lines: Path, t
 
 
 def test_a_tokenizer_that_is_given_is_copied_and_the_end_of_text_in_a_text_ends_nothing(
-    lines: Path, tmp_path: Path
+    lines: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("tokenizers")
     assert prep(lines, "--out", tmp_path / "one", "--tokenizer", "bpe:300", "--workers", 1) == 0
@@ -186,6 +188,9 @@ def test_a_tokenizer_that_is_given_is_copied_and_the_end_of_text_in_a_text_ends_
     assert meta["tokenizer"] == hashlib.sha256(file.read_bytes()).hexdigest()
     assert np.fromfile(tmp_path / "two/train_00000.bin", "<u2").tolist().count(meta["end_of_document"]) == 1
     assert meta["token_bytes"], "it stands for as many bytes as it is long"
+    file.write_bytes((tmp_path / "one/tokenizer.json").read_bytes() + b"\n")
+    assert prep(tmp_path / "trap.txt", "--out", tmp_path / "two", *flags) == 2
+    assert f"two: was made with another {file}; remove" in capsys.readouterr().err
 
 
 def test_a_vocabulary_above_65_536_takes_four_bytes_a_token(tmp_path: Path) -> None:
@@ -318,7 +323,16 @@ def test_asked_again_it_is_there_and_asked_otherwise_it_is_something_else(
     assert "made before" in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
     assert prep(lines, "--out", out, "--valid", 0.5) == 2
-    assert f"--out {out}: was made from other sources or with other flags" in capsys.readouterr().err
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"fairexp: --out {out}: was made with --valid 0.01 and not 0.5; remove it, or choose another folder"
+    (tmp_path / "b.jsonl").write_text(GOOD)
+    assert prep(lines, tmp_path / "b.jsonl", "--out", out, "--field", "body") == 2
+    assert re.search("was made from other sources, with --field text and not body; remove", capsys.readouterr().err)
+    with lines.open("a") as file:
+        file.write(GOOD)
+    assert prep(lines, "--out", out) == 2
+    assert "was made from other sources; " in capsys.readouterr().err
+    os.truncate(lines, lines.stat().st_size - len(GOOD))
     os.truncate(out / "train_00000.bin", 10)
     assert prep(lines, "--out", out) == 2
     assert "train_00000.bin: is not whole" in capsys.readouterr().err
@@ -361,6 +375,26 @@ def test_a_full_disk_is_one_line_that_names_the_file(
     assert line.startswith(f"fairexp: {tmp_path}/out.partial/work/block_000000.train.bin: No space left on device")
     monkeypatch.undo()
     assert prep(lines, "--out", tmp_path / "out", "--workers", 1) == 0
+
+
+def test_a_disk_that_is_too_small_is_told_before_anything_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = tmp_path / "a.txt", tmp_path / "out"
+    source.write_bytes(b"some text\n\n" * 1_000_000)  # 22 MB of tokens
+    room = shutil.disk_usage(tmp_path)
+    flags = ["--split-on", r"\n\n", "--workers", 1, "--shard-tokens", 1_000_000]
+    monkeypatch.setattr(sources, "BLOCK_BYTES", 32 << 20)
+    for free, code in ((23_900_000, 2), (24_000_000, None)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: room._replace(free=free))
+        monkeypatch.setattr(shards, "make_block", lambda *args: (_ for _ in ()).throw(Killed))
+        if code:
+            assert prep(source, "--out", out, *flags) == code
+            (line,) = capsys.readouterr().err.splitlines()
+            assert line == f"fairexp: {out}.partial: needs 0.024 GB, and its disk has 0.024 GB free"
+        else:
+            with pytest.raises(Killed):
+                prep(source, "--out", out, *flags)
 
 
 # What is wrong, in one line

@@ -56,6 +56,8 @@ class Asked:
 
     def settings(self) -> dict[str, Any]:
         """What the result depends on; not on the number of workers."""
+        known = self.tokenizer == "bytes" or tokenizer.wanted_vocab(self.tokenizer) is not None
+        file = {} if known else {"tokenizer_sha256": tokenizer.digest(Path(self.tokenizer).expanduser())}
         return {
             "sources": list(self.sources),
             "tokenizer": self.tokenizer,
@@ -64,6 +66,7 @@ class Asked:
             "valid": self.valid,
             "seed": self.seed,
             "shard_tokens": self.shard_tokens,
+            **file,
         }
 
 
@@ -98,6 +101,7 @@ def _make(asked: Asked, files: list[sources.File], plan: dict[str, Any], draft: 
     if not meta.is_file():
         work.mkdir(exist_ok=True)
         _begin(work / "plan.json", plan, draft)
+        _check_room(asked, files, draft)
         os.environ.setdefault("RAYON_NUM_THREADS", str(asked.workers))  # before the tokenizers library counts the cores
         blocks = sources.blocks(files, asked.reading)
         file = "bytes" if asked.tokenizer == "bytes" else str(draft / "tokenizer.json")
@@ -107,7 +111,7 @@ def _make(asked: Asked, files: list[sources.File], plan: dict[str, Any], draft: 
         _tokenizer(asked, job, blocks, vocab_size)
         shards.write_json(meta, _tokens(asked, job, blocks, plan))
     elif not _same(json.loads(meta.read_text(encoding="utf-8")), plan):
-        raise UserError(_other(draft))
+        raise UserError(_other(draft, plan, json.loads(meta.read_text(encoding="utf-8"))))
     shutil.rmtree(work, ignore_errors=True)
     (draft / "lock").unlink(missing_ok=True)
     with shards.named(asked.out):
@@ -126,7 +130,7 @@ def _begin(file: Path, plan: dict[str, Any], draft: Path) -> None:
         return
     before = json.loads(file.read_text(encoding="utf-8"))
     if before["settings"] != plan["settings"]:
-        raise UserError(_other(draft))
+        raise UserError(_other(draft, plan, before))
     if before["files"] != plan["files"]:
         _say(f"the sources have changed since {draft} was begun: it begins anew")
         for path in (*file.parent.iterdir(), *draft.glob("*.bin"), draft / "tokenizer.json"):
@@ -142,7 +146,7 @@ def _there(out: Path, plan: dict[str, Any]) -> int:
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"--out {out}: exists, and is no folder of token shards") from None
     if not same:
-        raise UserError(_other(out))
+        raise UserError(_other(out, plan, meta))
     for split in shards.SPLITS:
         for each in meta["splits"][split]["shards"]:
             path = out / each["file"]
@@ -157,8 +161,32 @@ def _same(meta: dict[str, Any], plan: dict[str, Any]) -> bool:
     return meta["settings"] == plan["settings"] and meta["files"] == files
 
 
-def _other(out: Path) -> str:
-    return f"--out {out}: was made from other sources or with other flags; remove it, or choose another folder"
+def _other(out: Path, plan: dict[str, Any], before: dict[str, Any]) -> str:
+    """What differs, a flag by its name."""
+    now, then = plan["settings"], before["settings"]
+    differ = [key for key in now if then.get(key) != now[key]]
+    flags = [key for key in differ if key not in ("sources", "tokenizer_sha256")]
+    parts = []
+    if flags:
+        parts = ["with " + ", ".join(f"--{key.replace('_', '-')} {then.get(key)} and not {now[key]}" for key in flags)]
+    elif "tokenizer_sha256" in differ:
+        parts = [f"with another {now['tokenizer']}"]
+    if "sources" in differ or not differ:  # by their names, or by their sizes
+        parts = ["from other sources", *parts]
+    return f"--out {out}: was made {', '.join(parts)}; remove it, or choose another folder"
+
+
+def _check_room(asked: Asked, files: Sequence[sources.File], draft: Path) -> None:
+    """UserError, where the disk can't hold the shards: known beforehand of the bytes of plain text."""
+    if asked.tokenizer != "bytes":
+        return
+    size = 2 * sum(file.size for file in files if file.kind == "text" and not file.packed)
+    # the tokens of all blocks, and while a shard is written its blocks are there too
+    need = size + min(size, 2 * asked.shard_tokens * asked.workers)
+    need -= sum(path.stat().st_size for path in draft.rglob("*") if path.is_file())
+    free = shutil.disk_usage(draft).free
+    if need > free:
+        raise UserError(f"{draft}: needs {need / 1e9:,.3f} GB, and its disk has {free / 1e9:,.3f} GB free")
 
 
 def _in_words(out: Path) -> str:
