@@ -85,6 +85,9 @@ def test_every_line_is_a_document_once_and_in_order(lines: Path, tmp_path: Path)
     assert sorted(train + valid) == sorted(text(n) for n in range(300))
     assert train == sorted(train, key=lambda each: int(each.split()[-1]))
     assert 30 < len(valid) < 90
+    files = ["train_00000.bin", "train_documents.bin", "valid_00000.bin", "valid_documents.bin"]
+    assert list(contents(tmp_path / "out")) == ["meta.json", "token_bytes.bin", *files]
+    assert not (tmp_path / "out.partial").exists()
     meta = meta_of(tmp_path / "out")
     assert sum(meta["splits"][split]["bytes"] for split in ("train", "valid")) == sum(
         len(text(n).encode()) for n in range(300)
@@ -130,6 +133,8 @@ def test_each_text_file_is_a_document_and_empty_ones_are_left_out(tmp_path: Path
     assert prep(tmp_path / "*.txt", "--out", tmp_path / "out", "--valid", 0, "--workers", 1) == 0
     assert texts(tmp_path / "out", "train") == [text(number) for number in range(20) if number % 5]
     assert meta_of(tmp_path / "out")["empty_documents"] == 4
+    assert prep(tmp_path / "*.txt", "--out", tmp_path / "some", "--valid", 0.4, "--workers", 1) == 0
+    assert 2 < len(texts(tmp_path / "some", "valid")) < 14, "all begin at byte 0 of their file"
 
 
 def test_documents_behind_others_leave_the_split_of_those_as_it_was(lines: Path, tmp_path: Path) -> None:
@@ -247,10 +252,19 @@ def test_it_goes_on_from_any_moment_to_the_same_bytes_and_makes_nothing_twice(
 
             return call
 
+        def half(value: Any, file: Any, at: int = at, moment: Iterator[int] = moment, **style: Any) -> None:
+            whole = json.dumps(value, **style)
+            file.write(whole[: len(whole) // 2])
+            file.flush()
+            if next(moment) == at:
+                raise Killed
+            file.write(whole[len(whole) // 2 :])
+
         with monkeypatch.context() as patch:
             for name in ("write", "close"):
                 patch.setattr(shards.Out, name, dies(getattr(shards.Out, name)))
             patch.setattr(shards, "write_json", dies(shards.write_json))
+            patch.setattr(json, "dump", half)
             try:
                 assert prep(lines, "--out", out, *flags) == 0
             except Killed:
@@ -281,6 +295,7 @@ def test_what_is_no_longer_whole_is_made_again(lines: Path, tmp_path: Path, monk
     data[100] ^= 1
     (draft / "train_00002.bin").write_bytes(data)
     (draft / "train_00003.bin").write_bytes(b"")
+    (draft / "train_00001.bin").unlink()
     (draft / "work/block_000001.train.lengths").write_bytes(b"12345678")
     assert prep(lines, "--out", out, *flags) == 0
     assert contents(out) == contents(tmp_path / "whole")
@@ -395,6 +410,25 @@ def test_a_disk_that_is_too_small_is_told_before_anything_is_made(
         else:
             with pytest.raises(Killed):
                 prep(source, "--out", out, *flags)
+
+
+def test_blocks_go_as_soon_as_shards_have_their_tokens(
+    lines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_shard, rooms = shards.make_shard, []
+
+    def noted(job: shards.Job, *what: Any) -> Any:
+        done = make_shard(job, *what)
+        rooms.append(sum(path.stat().st_size for path in (tmp_path / "out.partial").rglob("*.bin")))
+        return done
+
+    monkeypatch.setattr(shards, "make_shard", noted)
+    assert prep(lines, "--out", tmp_path / "out", "--workers", 1, "--shard-tokens", 1000) == 0
+    tokens = sum(split["tokens"] for split in meta_of(tmp_path / "out")["splits"].values())
+    assert len(rooms) > 10
+    # a shard, and the blocks of which a part is in it and the rest in none yet, are there twice
+    assert max(rooms) < 2 * tokens + 2 * 1000 + 2 * 2 * sources.BLOCK_BYTES < 3 * tokens
+    assert not list((tmp_path / "out").rglob("block*"))
 
 
 # What is wrong, in one line
