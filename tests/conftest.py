@@ -1,6 +1,7 @@
 """The command line as real processes, and tiny runs that several test files read."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -44,6 +45,12 @@ TINY = (
     "launcher.threads_per_process=1",
     "tracker=none",
 )
+
+
+def pytest_sessionfinish() -> None:
+    """A data loading process that a failed test left behind would keep this one from ending: Python waits for it."""
+    for child in multiprocessing.active_children():
+        child.kill()
 
 
 @pytest.hookimpl(optionalhook=True)
