@@ -93,7 +93,7 @@ def test_a_run_whose_server_was_away_is_filled_in_later_and_only_once(
         done = fairexp("sync", run.path.name, cwd=folder, env=variables)
         assert done.returncode == code, done.stderr
         *pages, line = done.stderr.splitlines()
-        assert all(page.startswith("wandb: http") for page in pages)
+        assert all(page.startswith("wandb: http") for page in pages), done.stderr
         return line
 
     assert "no API key for http" in sync({}, FAILED)

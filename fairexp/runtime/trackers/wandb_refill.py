@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,7 +34,10 @@ def scratch() -> Iterator[Path]:
 
 def end_children() -> None:
     """Ends wandb's service, which has sent all it had to or can't. Asked to end by itself, it may first wait for the answers of
-    a server that is away; and wandb waits for it when Python exits, without a limit."""
+    a server that is away; and wandb waits for it when Python exits, without a limit. What it says of the loss isn't for the user:
+    from here on nothing more comes on stderr."""
+    sys.stderr.flush()
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     for file in Path("/proc/self/task").glob("*/children"):
         for child in file.read_text().split():
             os.kill(int(child), signal.SIGKILL)
