@@ -487,7 +487,7 @@ def test_config_arguments_stand_in_the_constructors_order(path: Path) -> None:
         config = yaml.safe_load(path.with_name(f"{base[0]}.yaml").read_text()) | config
     sizes = {"vocab_size", "seq_len"} if "vocab_size" in config else {"image_size", "channels", "num_classes"}
     assert {"train", "eval", "augment", *sizes} <= config.keys()
-    assert ("expects" in config) == ("root" in config)
+    assert ("expects" in config) == bool({"root", "roots"} & config.keys())
     for section in ("train", "eval", "augment"):
         if config[section]:
             target, *arguments = config[section]
