@@ -406,7 +406,7 @@ def time_limit(stage: Stage) -> None:
 
 
 def time_limit_in_a_long_step(stage: Stage) -> None:
-    """It can't save in time, and goes on from its last checkpoint."""
+    """It can't save in time, and goes on from its last checkpoint: it had got on, so that is no failure."""
     run = Run(stage, "long_step", stage.rest).start()
     run.order("hang")
     run.wait(lambda: run.said("hanging"), "it hangs")
@@ -416,7 +416,7 @@ def time_limit_in_a_long_step(stage: Stage) -> None:
     time.sleep(KILL_WAIT_S + 1)
     run.go_on("hang")
     run.go_on()
-    assert run.finishes(attempts=2, failures=1)["failed_hosts"] == []
+    assert run.finishes(attempts=2)["failed_hosts"] == []
 
 
 def requeue(stage: Stage) -> None:
