@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -127,9 +128,25 @@ def test_a_packed_file_gives_the_same_bytes_as_a_plain_one(lines: Path, tmp_path
     assert plain["fingerprint"] == packed["fingerprint"]
 
 
+@pytest.mark.parametrize("separator", [r"\n\n+(?=\S)", r"\n\n+", "\n", "(?:=|-){3,60}"])
+def test_a_separator_is_found_wherever_blocks_and_reads_are_cut(separator: str, tmp_path: Path) -> None:
+    draw = random.Random(0)
+    for name in ("plain.txt", "packed.txt.gz"):
+        parts = []
+        for _ in range(3000):
+            parts += [draw.choice(["x", "some words", "größe\n", " y"]), draw.choice("\n=-") * draw.randint(1, 30)]
+        whole = "".join(parts)
+        data = whole.encode()
+        (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+        out = tmp_path / name.partition(".")[0]
+        assert prep(tmp_path / name, "--out", out, "--split-on", separator, "--valid", 0, "--workers", 1) == 0
+        assert texts(out, "train") == [each for each in re.split(separator, whole) if each]
+
+
 def test_each_text_file_is_a_document_and_empty_ones_are_left_out(tmp_path: Path) -> None:
     for number in range(20):
-        (tmp_path / f"{number:02}.txt").write_text(text(number) * (number % 5 > 0))
+        mark = "\ufeff" * (number % 3 == 0)  # that some editors write
+        (tmp_path / f"{number:02}.txt").write_text(mark + text(number) * (number % 5 > 0))
     assert prep(tmp_path / "*.txt", "--out", tmp_path / "out", "--valid", 0, "--workers", 1) == 0
     assert texts(tmp_path / "out", "train") == [text(number) for number in range(20) if number % 5]
     assert meta_of(tmp_path / "out")["empty_documents"] == 4
@@ -177,6 +194,25 @@ def test_a_bpe_is_trained_alike_each_time_and_gives_the_text_back(lines: Path, t
     assert decoded == [*texts(tmp_path / "bytes", "train"), ""]
     bytes_of = np.fromfile(tmp_path / "one/token_bytes.bin", "<u2").astype(int)
     assert bytes_of[stream].sum() == meta["splits"]["train"]["bytes"]
+
+
+def test_a_bpe_sees_nothing_of_what_is_validated_on(lines: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tokenizers")
+    flags = ["--valid", 0.3, "--workers", 1]
+    assert prep(lines, "--out", tmp_path / "bytes", *flags) == 0
+    held_out = set(texts(tmp_path / "bytes", "valid"))
+    for name, changes in (("before", False), ("after", True)):
+        with (tmp_path / f"{name}.jsonl").open("w") as file:
+            for line in lines.read_text().splitlines():
+                row = json.loads(line)
+                if changes and row["text"] in held_out:
+                    line = json.dumps({"text": "q" * (len(line.encode()) - len('{"text": ""}'))})  # as long as it was
+                file.write(line + "\n")
+        assert prep(tmp_path / f"{name}.jsonl", "--out", tmp_path / name, "--tokenizer", "bpe:300", *flags) == 0
+    before, after = contents(tmp_path / "before"), contents(tmp_path / "after")
+    assert before["tokenizer.json"] == after["tokenizer.json"]
+    assert before["train_00000.bin"] == after["train_00000.bin"]
+    assert before["valid_00000.bin"] != after["valid_00000.bin"]
 
 
 def test_a_tokenizer_that_is_given_is_copied_and_the_end_of_text_in_a_text_ends_nothing(

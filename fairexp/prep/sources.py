@@ -303,16 +303,15 @@ def _part(handle: IO[bytes], piece: Piece, separator: re.Pattern[bytes]) -> Iter
 
 def _after_separator(handle: IO[bytes], offset: int, separator: re.Pattern[bytes]) -> int:
     """Where the first separator at or after the offset ends; the file's end, if there is none."""
-    begin = offset - 1 if separator.pattern == b"\n" else offset  # a line that begins right there does
-    handle.seek(begin)
+    handle.seek(offset)
     data, ended = b"", False
     while not ended:
         chunk = handle.read(CHUNK)
         ended = not chunk
         data += chunk
         if (match := separator.search(data)) and (ended or match.end() <= len(data) - REACH):
-            return begin + match.end()
-    return begin + len(data)
+            return offset + match.end()
+    return offset + len(data)
 
 
 def _of_line(line: bytes, file: File, begin: int, field: str) -> bytes:
