@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +46,12 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def lines(tmp_path: Path) -> Path:
-    """300 documents, one a line."""
-    path = tmp_path / "lines.jsonl"
-    path.write_text("".join(json.dumps({"id": n, "text": text(n)}, ensure_ascii=n % 2 == 0) + "\n" for n in range(300)))
+    """300 documents, one a line, and some blank lines."""
+    path, blank = tmp_path / "lines.jsonl", {50: "\n", 100: "  \n", 299: "\n\n"}
+    rows = [
+        json.dumps({"id": n, "text": text(n)}, ensure_ascii=n % 2 == 0) + "\n" + blank.get(n, "") for n in range(300)
+    ]
+    path.write_text("".join(rows))
     return path
 
 
@@ -118,6 +122,33 @@ def test_any_kind_of_file_gives_the_same_documents(lines: Path, tmp_path: Path, 
         path, _ = f"file://{tmp_path}/*.jsonl", flags  # type: ignore[assignment]
     assert prep(path, "--out", tmp_path / "out", "--valid", 0, "--workers", 1, *flags) == 0
     assert texts(tmp_path / "out", "train") == [text(n) for n in range(300)]
+
+
+def test_a_tables_row_groups_change_nothing_and_what_is_no_text_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    def made(name: str, rows: list[Any], size: int, code: int = 0) -> str:
+        parquet.write_table(pyarrow.table({"text": rows}), tmp_path / f"{name}.parquet", row_group_size=size)
+        flags = ["--valid", 0.2, "--workers", 1]
+        assert prep(tmp_path / f"{name}.parquet", "--out", tmp_path / name, *flags) == code
+        return capsys.readouterr().err
+
+    for size in (300, 7):
+        made(str(size), [text(n) for n in range(300)], size)
+    assert meta_of(tmp_path / "300")["fingerprint"] == meta_of(tmp_path / "7")["fingerprint"]
+    assert texts(tmp_path / "7", "valid")
+    assert f"{tmp_path}/null.parquet: row 12: its 'text' is null" in made("null", ["a"] * 11 + [None], 5, 2)
+    assert "its column 'text' is not of texts but int64" in made("numbers", [1, 2], 5, 2)
+
+
+def test_a_text_of_another_encoding_is_utf8_in_the_shards(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("Größe “a” — 5 €\n\nnaïve".encode("cp1252"))
+    flags = ["--encoding", "cp1252", "--split-on", r"\n\n", "--valid", 0, "--workers", 1]
+    assert prep(tmp_path / "a.txt", "--out", tmp_path / "out", *flags) == 0
+    assert texts(tmp_path / "out", "train") == ["Größe “a” — 5 €", "naïve"]
 
 
 def test_a_packed_file_gives_the_same_bytes_as_a_plain_one(lines: Path, tmp_path: Path) -> None:
@@ -199,6 +230,7 @@ def test_a_bpe_is_trained_alike_each_time_and_gives_the_text_back(lines: Path, t
 def test_a_bpe_sees_nothing_of_what_is_validated_on(lines: Path, tmp_path: Path) -> None:
     pytest.importorskip("tokenizers")
     flags = ["--valid", 0.3, "--workers", 1]
+    lines.write_text("".join(line for line in lines.read_text().splitlines(True) if line.strip()))
     assert prep(lines, "--out", tmp_path / "bytes", *flags) == 0
     held_out = set(texts(tmp_path / "bytes", "valid"))
     for name, changes in (("before", False), ("after", True)):
@@ -232,6 +264,20 @@ def test_a_tokenizer_that_is_given_is_copied_and_the_end_of_text_in_a_text_ends_
     file.write_bytes((tmp_path / "one/tokenizer.json").read_bytes() + b"\n")
     assert prep(tmp_path / "trap.txt", "--out", tmp_path / "two", *flags) == 2
     assert f"two: was made with another {file}; remove" in capsys.readouterr().err
+
+
+def test_what_a_tokenizer_adds_and_cuts_for_a_models_input_is_no_part_of_the_text(lines: Path, tmp_path: Path) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    assert prep(lines, "--out", tmp_path / "one", "--tokenizer", "bpe:300", "--valid", 0, "--workers", 1) == 0
+    file = tmp_path / "input.json"
+    changed = tokenizers.Tokenizer.from_file(str(tmp_path / "one/tokenizer.json"))
+    changed.enable_truncation(3)
+    changed.enable_padding(length=9)
+    changed.post_processor = tokenizers.processors.TemplateProcessing("<|endoftext|> $A", None, [("<|endoftext|>", 0)])
+    changed.save(str(file))
+    assert prep(lines, "--out", tmp_path / "two", "--tokenizer", file, "--valid", 0, "--workers", 1) == 0
+    one, two = contents(tmp_path / "one"), contents(tmp_path / "two")
+    assert one["train_00000.bin"] == two["train_00000.bin"]
 
 
 def test_a_vocabulary_above_65_536_takes_four_bytes_a_token(tmp_path: Path) -> None:
@@ -337,9 +383,7 @@ def test_what_is_no_longer_whole_is_made_again(lines: Path, tmp_path: Path, monk
     assert contents(out) == contents(tmp_path / "whole")
 
 
-def test_after_kill_9_of_all_its_processes_the_same_command_goes_on(
-    tmp_path: Path, environment: dict[str, str]
-) -> None:
+def test_after_kill_9_its_workers_end_and_the_same_command_goes_on(tmp_path: Path, environment: dict[str, str]) -> None:
     source = tmp_path / "many.jsonl"
     with source.open("w") as file:
         file.writelines(json.dumps({"text": text(n, 400) * 20}) + "\n" for n in range(300))
@@ -349,19 +393,67 @@ from fairexp import cli
 from fairexp.prep import sources
 
 sources.BLOCK_BYTES = 1 << 18
-sys.exit(cli.main())
+if __name__ == "__main__":
+    sys.exit(cli.main())
 """
-    command = [sys.executable, "-c", code, "prep", str(source), "--workers", "1", "--tokenizer", "bytes", "--out"]
-    first = subprocess.Popen([*command, str(tmp_path / "out")], env=environment, stderr=subprocess.DEVNULL)
+    (tmp_path / "small_blocks.py").write_text(code)
+    command = [sys.executable, str(tmp_path / "small_blocks.py"), "prep", str(source), "--tokenizer", "bytes"]
+
+    def words(out: str, workers: int) -> list[str]:
+        return [*command, "--workers", str(workers), "--out", str(tmp_path / out)]
+
+    first = subprocess.Popen(words("out", 2), env=environment, stderr=subprocess.DEVNULL)
     work = tmp_path / "out.partial/work"
-    while first.poll() is None and len(list(work.glob("block_*.json"))) < 5:
-        time.sleep(0.005)
+    while first.poll() is None and len(list(work.glob("block_*.json"))) < 3:
+        time.sleep(0.002)
+    workers = [Path(f"/proc/{pid}") for pid in Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()]
     first.send_signal(signal.SIGKILL)
     first.wait()
+    assert len(workers) >= 2
+    until = time.monotonic() + 10
+    while any(alive(worker) for worker in workers):
+        assert time.monotonic() < until, "a worker outlives the command"
+        time.sleep(0.01)
     assert not (tmp_path / "out").exists()
     for out in ("out", "again"):
-        assert subprocess.run([*command, str(tmp_path / out)], env=environment).returncode == 0
+        assert subprocess.run(words(out, 1), env=environment).returncode == 0
     assert contents(tmp_path / "out") == contents(tmp_path / "again")
+
+
+def alive(process: Path) -> bool:
+    """Whether it runs: one that has ended may wait for somebody who asks how."""
+    try:
+        return (process / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (KeyboardInterrupt, 130, "interrupted; the same command goes on in "),
+        (
+            BrokenProcessPool,
+            1,
+            "a worker was killed: out of memory? The same command goes on; fewer --workers need less",
+        ),
+    ],
+)
+def test_what_ends_it_is_said_in_a_line(
+    error: type[BaseException],
+    code: int,
+    message: str,
+    lines: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "make_shard", lambda *args: (_ for _ in ()).throw(error))
+        assert prep(lines, "--out", tmp_path / "out", "--workers", 1) == code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"prep: {message}")
+    assert prep(lines, "--out", tmp_path / "out", "--workers", 1) == 0
 
 
 def test_asked_again_it_is_there_and_asked_otherwise_it_is_something_else(
