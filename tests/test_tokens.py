@@ -79,6 +79,7 @@ def test_each_token_is_a_target_once_and_stands_behind_its_input(root: Path, str
     assert torch.equal(batch["targets"][counted], stream[1:])
     assert torch.equal(batch["tokens"][counted], stream[:-1])
     assert not counted.flatten()[len(stream) - 1 :].any()
+    assert counted.any(1).all(), "a row without a target"
     assert batch["num_bytes"].tolist() == ((batch["targets"] < END) & counted).sum(1).tolist()
 
 
@@ -118,7 +119,10 @@ def test_it_goes_to_another_process_without_what_is_mapped(root: Path) -> None:
     before = rows.__getitems__([3, 4])
     packed = pickle.dumps(rows)
     assert len(packed) < 10_000
-    after = pickle.loads(packed).__getitems__([3, 4])
+    copy = pickle.loads(packed)
+    assert not copy.maps
+    assert "document_ends" not in vars(copy)
+    after = copy.__getitems__([3, 4])
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
@@ -155,6 +159,7 @@ def test_what_is_wrong_is_said_in_one_line(root: Path, tmp_path: Path) -> None:
     says("`fairexp prep FILES --out .*/none` makes token shards", tmp_path / "none")
     (tmp_path / "half.partial").mkdir()
     says("it isn't whole yet, the same `fairexp prep` command goes on", tmp_path / "half")
+    splits = json.loads((root / "meta.json").read_text())["splits"]
     for number, changes in enumerate(
         [
             {"vocab_size": "many"},
@@ -162,6 +167,7 @@ def test_what_is_wrong_is_said_in_one_line(root: Path, tmp_path: Path) -> None:
             {"end_of_document": 257},
             {"dtype": "float64"},
             {"splits": {"train": {}}},
+            {"splits": splits | {"train": splits["train"] | {"tokens": splits["train"]["tokens"] + 1}}},
             {"splits": []},
             {"token_bytes": {"file": "/etc/passwd", "sha256": ""}},
             {"token_bytes": {"file": "../out/token_bytes.bin", "sha256": ""}},
@@ -169,6 +175,9 @@ def test_what_is_wrong_is_said_in_one_line(root: Path, tmp_path: Path) -> None:
     ):
         says("meta.json: can't be what `fairexp prep` wrote", damaged(root, tmp_path / str(number), **changes))
     says("written in format 2, this fairexp's is 1", damaged(root, tmp_path / "later", format=2))
+    ends = damaged(root, tmp_path / "ends")
+    np.ones(257, "<u2").tofile(ends / "token_bytes.bin")
+    says("its end token stands for text", ends)
     short = damaged(root, tmp_path / "short")
     os.truncate(short / "train_00003.bin", 50)
     says("train_00003.bin: damaged: has 50 bytes of 200", short)
