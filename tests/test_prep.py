@@ -165,7 +165,11 @@ def test_a_separator_is_found_wherever_blocks_and_reads_are_cut(separator: str, 
     for name in ("plain.txt", "packed.txt.gz"):
         parts = []
         for _ in range(3000):
-            parts += [draw.choice(["x", "some words", "größe\n", " y"]), draw.choice("\n=-") * draw.randint(1, 30)]
+            long = "w" * draw.randint(1, 700)  # so that the first separator of a block may lie across two reads
+            parts += [
+                draw.choice(["x", "some words", "größe\n", " y", long]),
+                draw.choice("\n=-") * draw.randint(1, 30),
+            ]
         whole = "".join(parts)
         data = whole.encode()
         (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)

@@ -326,6 +326,20 @@ def test_what_cannot_be_mixed_is_told() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             Mixture(sets, weights)  # type: ignore[arg-type]
+    plain, more = Numbers(0, 5), Numbers(1, 5)
+    more.__getitems__ = lambda indices: plain.__getitems__(indices) | {"more": indices}  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match="sets: not all give more"):
+        Mixture([plain, more], [1, 1]).__getitems__(torch.arange(4))
+
+
+def test_a_mixtures_fingerprint_is_of_all_that_its_order_follows_from() -> None:
+    def fingerprint(weights: Any = (1, 2), length: int | None = None, seed: int = 0, tokens: int = 5) -> frozenset[Any]:
+        sets = [Numbers(0, 5, fingerprint={"tokens": tokens}), Numbers(1, 5, fingerprint={"tokens": 5})]
+        return frozenset(Mixture(sets, weights, length, seed).fingerprint.items())
+
+    assert fingerprint() == fingerprint((0.5, 1))
+    others = [fingerprint((2, 1)), fingerprint(length=99), fingerprint(seed=1), fingerprint(tokens=6)]
+    assert len({fingerprint(), *others}) == 5
 
 
 # The order of very many samples
@@ -338,6 +352,12 @@ def test_a_computed_order_has_each_sample_once(length: int) -> None:
     if length > 20:
         assert (one == two).mean() < 0.2
         assert abs(np.corrcoef(np.arange(length), one)[0, 1]) < 4 / length**0.5
+    if length >= 1000:
+        side = -(-length // int(np.ceil(length**0.5)))
+        for lag in (1, side):
+            for part in (one % side, one // side):
+                steps = np.bincount((part[lag:] - part[:-lag]) % side)
+                assert steps.max() < 3 * steps.mean(), "places that far apart keep their distance"
 
 
 def test_a_computed_order_is_the_same_in_any_slices() -> None:
