@@ -121,6 +121,7 @@ def test_a_run_generates_text(single: Trained, fairexp: Fairexp) -> None:
         (("--tokens", "0"), "--tokens: takes a number >= 1, got 0"),
         (("--temperature", "hot"), "--temperature: takes a number >= 0, got hot"),
         (("--step", "7"), "--step 7: no such checkpoint; there are: 10, 12"),
+        (("--prompt", "\udcff"), "--prompt: is not UTF-8"),
     ],
 )
 def test_what_generate_cannot_do_is_one_line(
@@ -128,6 +129,17 @@ def test_what_generate_cannot_do_is_one_line(
 ) -> None:
     done = fairexp("generate", str(single.path), *words)
     assert (done.returncode, done.stderr) == (2, f"fairexp: {said}\n")
+
+
+def test_a_model_with_learned_positions_says_how_many_tokens_can_follow(
+    fairexp: Fairexp, shards: Path, tmp_path: Path
+) -> None:
+    learned = ("model.positions=learned", "trainer.max_steps=1", *STRATEGIES["single"])
+    run = train(fairexp, shards, tmp_path, *learned)
+    done = fairexp("generate", str(run.path), "--prompt", "so", "--tokens", "39")
+    said = "fairexp: --tokens 39: this model reads 40 tokens at once, so 38 can follow on this prompt\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", said)
+    assert fairexp("generate", str(run.path), "--prompt", "so", "--tokens", "38").returncode == 0
 
 
 def test_a_run_of_images_writes_no_text(fairexp: Fairexp, tmp_path: Path) -> None:

@@ -33,15 +33,16 @@ def generate(
         )
     launch = prepared(run_dir, trusted)
     tokenizer = of_shards(Path(root).expanduser())
-    (start,) = tokenizer.encode([prompt.encode()])
+    try:
+        (start,) = tokenizer.encode([prompt.encode()])
+    except UnicodeEncodeError:
+        raise UserError("--prompt: is not UTF-8") from None
     from fairexp.runtime.generation import continuation
 
     # a document begins after another's end
     before = [tokenizer.end, *start.tolist()]
     tokens = continuation(run_dir, config, folder, launch["trusted"], before, count, temperature, top_k, seed)
-    text, new = tokenizer.decode(before[1:]), []
-    if not as_json:
-        print(text, end="", flush=True)
+    text, new = "", []
     for token in tokens:
         if token == tokenizer.end:
             break

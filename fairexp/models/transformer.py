@@ -174,6 +174,7 @@ class Transformer(nn.Module):
         if rope_scaling and (missing := ROPE_SCALING - rope_scaling.keys()):
             raise ValueError(f"rope_scaling lacks {', '.join(sorted(missing))}")
         self.seq_len = seq_len
+        self.max_tokens = seq_len if positions == "learned" else None  # that it can read at once
         self.num_heads = num_heads
         self.head_dim = width // num_heads
         self.rope_theta = rope_theta
