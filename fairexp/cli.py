@@ -31,26 +31,22 @@ fairexp: config-driven experiments for PyTorch
   fairexp checkpoints RUN        what it has saved, verified byte for byte; --quick: by size
   fairexp verify-resume [overrides]  prove that your training goes on bit for bit after a kill
   fairexp config [overrides]     print the resolved config, and where each value comes from
-  fairexp doctor [overrides]     what a run here, or on launcher=slurm, would trip over
-  fairexp doctor RUN             why it died or hangs
+  fairexp doctor [overrides]     what a run here or on Slurm trips over; doctor RUN: why it died
   fairexp prep FILES --out DIR   text, JSONL or Parquet files -> token shards; --tokenizer bpe:8192
 
   RUN is a folder, a name, an id, the beginning of one, or a job; RUNS also a sweep.
   overrides are Hydra's grammar; --cfg job, --info, --hydra-help are answered by Hydra (train)
-  --config-dir DIR   a folder with more config groups (a paper's own configs/)
-  --trust PACKAGE    let configs name classes of an installed package
+  --config-dir DIR, --trust PACKAGE  a paper's configs/; an installed package that configs may name
   --fresh            train: a new run beside the one that these settings have
   --dry-run          train: the jobs, the script and what they ask for; nothing is submitted
   --follow           train: stay, and show the progress of what was submitted
   --retry-failed, --prune  train -m: submit failed runs again; cancel what isn't asked for any more
-  --runs-dir DIR     where the runs are, for the verbs that take RUN; runs
-  --json             one JSON value on stdout, for programs
+  --runs-dir DIR, --json  where the runs are, for the verbs that take RUN; one JSON value on stdout
 
 groups (fairexp train GROUP=OPTION):
 {groups}
 
-examples:
-  fairexp train experiment=vit_digits strategy=fsdp launcher=slurm launcher.gpus_per_node=8
+example:
   fairexp train -m model=vit,resnet18 optimizer.lr=1e-3,3e-4 seed='range(0,3)' launcher=slurm
 """
 # Flags that Hydra answers by itself after `train`.
