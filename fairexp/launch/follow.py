@@ -38,17 +38,21 @@ def follow(run_dir: RunDir, attempt: int) -> int:
         with view() as shown:
             while True:
                 status = run_dir.status()  # before the rows: those of the last step are there when it says finished
+                if not (lives := job_lives(status)):
+                    status = run_dir.status()  # its last one: what is read from here on is all there will be
                 for line in output.lines():
                     shown.text(line)
                 if status["attempts"] > attempt:  # the last one hung
                     attempt = status["attempts"]
                     output = Tail(run_dir.logs / f"rank_0.attempt_{attempt}.log", from_start=True)
+                    for line in output.lines():
+                        shown.text(line)
                 for line in rows.lines():
                     shown.row(json.loads(line), status.get("max_steps"))
                 if told < len(interrupts) and status["attempts"] == attempt:  # the job has started: it can be told
                     stop(status["pid"], signal.SIGINT if told == 0 else signal.SIGKILL)
                     told = len(interrupts)
-                if not job_lives(status):
+                if not lives:
                     status = _lost(run_dir)
                     break
                 time.sleep(0.1)
