@@ -302,7 +302,7 @@ def conclude(run_dir: RunDir, codes: dict[int, int], node: Node, number: int | N
     if all(code == DONE for code in codes.values()):
         return DONE
     if all(code in (DONE, INTERRUPTED) for code in codes.values()):
-        return stopped(run_dir, node, over) if node.first else DONE  # all nodes' ranks stopped at one step
+        return stopped(run_dir, node, number, over) if node.first else DONE  # all nodes' ranks stopped at one step
     if node.kind != "slurm":
         return failed(run_dir, codes, node, number)
     if not _first_to_say(run_dir, node, codes):
@@ -310,8 +310,9 @@ def conclude(run_dir: RunDir, codes: dict[int, int], node: Node, number: int | N
     return failed(run_dir, codes, node, number)
 
 
-def stopped(run_dir: RunDir, node: Node, over: bool = False) -> int:
-    """A signal stopped the ranks and they have saved: requeued exactly where the scheduler would let the run be lost."""
+def stopped(run_dir: RunDir, node: Node, number: int | None = None, over: bool = False) -> int:
+    """A signal stopped the ranks, and they have saved unless they hung: requeued exactly where the scheduler would let the run
+    be lost."""
     status = run_dir.status()
     if node.kind != "slurm":
         run_dir.set_status(state="cancelled" if status.get("cancel") else "interrupted")
@@ -325,7 +326,8 @@ def stopped(run_dir: RunDir, node: Node, over: bool = False) -> int:
         return PREEMPTED
     if over or now.ending or status.get("signal") in (signal.SIGUSR1, signal.SIGUSR2):
         changes: dict[str, Any] = {"failures": 0}
-        if last_saved(run_dir) <= status.get("resumed_at", 0):  # its whole time was not enough for a step
+        hung = hang.verdict(run_dir, number)  # in a step longer than the grace time: as if Slurm had ended it
+        if hung or last_saved(run_dir) <= status.get("resumed_at", 0):  # or its whole time was not enough for a step
             changes = after_failure(run_dir, status, [])
         return back_into_the_queue(run_dir, node, status, changes, asked=now.requeued)
     run_dir.set_status(state="interrupted")
