@@ -138,7 +138,8 @@ def test_a_model_with_learned_positions_says_how_many_tokens_can_follow(
     run = train(fairexp, shards, tmp_path, *learned)
     done = fairexp("generate", str(run.path), "--prompt", "so", "--tokens", "39")
     said = "fairexp: --tokens 39: this model reads 40 tokens at once, so 38 can follow on this prompt\n"
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", said)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.endswith(said)
     assert fairexp("generate", str(run.path), "--prompt", "so", "--tokens", "38").returncode == 0
 
 
