@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fairexp.runtime.data import Batches, EvaluationOrder, Fetcher, MicroBatch, Part, TrainingOrder
+from fairexp.runtime.data import Batches, Fetcher, MicroBatch
 from fairexp.runtime.dist import Place
+from fairexp.runtime.order import EvaluationOrder, Part, TrainingOrder
 
 torch.set_num_threads(1)
 

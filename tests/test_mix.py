@@ -15,8 +15,9 @@ from fairexp.datasets.augment import RandomAffine
 from fairexp.datasets.mix import Mix, beta
 from fairexp.errors import RunError
 from fairexp.runtime.bad_samples import BadSamples
-from fairexp.runtime.data import Batches, Fetcher, Part, TrainingOrder
+from fairexp.runtime.data import Batches, Fetcher
 from fairexp.runtime.dist import Place
+from fairexp.runtime.order import Part, TrainingOrder
 from fairexp.tasks.classification import Classification
 
 torch.set_num_threads(1)

@@ -25,8 +25,9 @@ from fairexp.datasets.image_folder import ImageFolder
 from fairexp.datasets.json_lines import JSONLines
 from fairexp.datasets.parquet import ParquetImages, ParquetRows
 from fairexp.datasets.tar_shards import TarImages
-from fairexp.runtime.data import Batches, Fetcher, TrainingOrder
+from fairexp.runtime.data import Batches, Fetcher
 from fairexp.runtime.dist import Place
+from fairexp.runtime.order import TrainingOrder
 
 datasets = pytest.importorskip("datasets")
 torch.set_num_threads(1)

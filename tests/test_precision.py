@@ -10,9 +10,10 @@ from conftest import Fairexp, Tiny, Trained, interrupted
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fairexp.runtime.data import MicroBatch, TrainingOrder
+from fairexp.runtime.data import MicroBatch
 from fairexp.runtime.dist import Place
 from fairexp.runtime.loop import train_step
+from fairexp.runtime.order import TrainingOrder
 from fairexp.runtime.precision import Full
 from fairexp.runtime.strategies.single import Single
 

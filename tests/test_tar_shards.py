@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fairexp.datasets import index_file, tar_shards
+from fairexp.datasets import index_file, open_files, tar_shards
 from fairexp.datasets.image_folder import ImageFolder
 from fairexp.datasets.index_file import Index
 from fairexp.datasets.tar_shards import Shards, TarImages, TarSamples
@@ -339,13 +339,13 @@ def test_a_postscript_file_is_not_run_whatever_its_name(tmp_path: Path) -> None:
 def test_few_files_are_open_at_once_and_a_copy_opens_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import pickle
 
-    monkeypatch.setattr(tar_shards, "OPEN_FILES", 2)
+    monkeypatch.setattr(open_files, "MOST", 2)
     data = images(write_shards(tmp_path))
     before = len(os.listdir("/proc/self/fd"))
     labels = [int(data[index][1]) for index in range(12)]
     assert len(os.listdir("/proc/self/fd")) == before + 2
     copy = pickle.loads(pickle.dumps(data))
-    assert copy.shards._files == {}
+    assert copy.shards._files.descriptors == {}
     assert [int(copy[index][1]) for index in range(12)] == labels
     del copy, data
     assert len(os.listdir("/proc/self/fd")) == before

@@ -19,14 +19,16 @@ from torch import Tensor
 from fairexp import cli
 from fairexp.config.compose import compose
 from fairexp.config.rundir import RunDir
-from fairexp.datasets.mixture import Mixture, periods, permuted, schedule
+from fairexp.datasets.mixture import Mixture, periods, schedule
+from fairexp.datasets.permutation import permuted
 from fairexp.datasets.tokens import Tokens
-from fairexp.runtime import data
+from fairexp.runtime import order as runtime_order
 from fairexp.runtime.bad_samples import BadSamples
 from fairexp.runtime.build import Run, build
-from fairexp.runtime.data import Batches, Computed, Fetcher, TrainingOrder
+from fairexp.runtime.data import Batches, Fetcher
 from fairexp.runtime.dist import Place
 from fairexp.runtime.loop import evaluate, train_step
+from fairexp.runtime.order import Computed, TrainingOrder
 from fairexp.runtime.preempt import Stop
 
 torch.set_num_threads(1)
@@ -361,23 +363,25 @@ def test_a_computed_order_has_each_sample_once(length: int) -> None:
 
 
 def test_a_computed_order_is_the_same_in_any_slices() -> None:
-    length = 3 * data.CHUNK + 100
+    length = 3 * runtime_order.CHUNK + 100
     order = Computed(length, 5)
     whole = torch.from_numpy(permuted(np.arange(length), length, 5))
     for begin, end in (
         (0, 10),
-        (data.CHUNK - 5, data.CHUNK + 5),
-        (7, 2 * data.CHUNK + 9),
+        (runtime_order.CHUNK - 5, runtime_order.CHUNK + 5),
+        (7, 2 * runtime_order.CHUNK + 9),
         (length - 3, length + 50),
         (4, 4),
     ):
         assert torch.equal(order[begin:end], whole[begin:end])
     assert Computed(length, None)[5:8].tolist() == [5, 6, 7]
-    assert torch.equal(Computed(length, 5, first=length)[7 : data.CHUNK + 5], whole[7 : data.CHUNK + 5] + length)
+    assert torch.equal(
+        Computed(length, 5, first=length)[7 : runtime_order.CHUNK + 5], whole[7 : runtime_order.CHUNK + 5] + length
+    )
 
 
 def test_ranks_and_resumes_share_one_computed_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "MOST_IN_MEMORY", 50)
+    monkeypatch.setattr(runtime_order, "MOST_IN_MEMORY", 50)
 
     def batches(world_size: int, first: int) -> list[list[int]]:
         places = [Place(rank, world_size, rank, torch.device("cpu")) for rank in range(world_size)]

@@ -41,6 +41,15 @@ def write_atomically(path: Path, text: str, workspace: Path | None = None) -> No
         os.replace(temporary, path)
 
 
+def sync_folder(folder: Path) -> None:
+    """The names in the folder outlive a power failure."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 @dataclass(frozen=True)
 class RunDir:
     """A run folder's paths and its small files. `workspace`: of the attempt that writes, if one does."""

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-Batch = tuple[Tensor, Tensor]  # images float32 [n, c, h, w], labels int64 [n]
+from fairexp.datasets.splitmix import GOLDEN, splitmix64
 
-GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+Batch = tuple[Tensor, Tensor]  # images float32 [n, c, h, w], labels int64 [n]
 
 
 def uniform(seeds: Tensor, num: int) -> Tensor:
@@ -30,13 +30,6 @@ def bits(seeds: Tensor, num: int) -> np.ndarray:
     """Random uint64 [n, num], of which `uniform` takes the upper 24 bits."""
     state = splitmix64(seeds.numpy().view(np.uint64))[:, None]  # mixed first: seeds may be neighbours
     return splitmix64(state + np.arange(1, num + 1, dtype=np.uint64) * GOLDEN)
-
-
-def splitmix64(x: np.ndarray) -> np.ndarray:
-    """A bijection of uint64 whose output bits all depend on all input bits (Steele, Lea and Flood, 2014)."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
 
 
 def affine_matrices(angle: Tensor, shift: Tensor, zoom: Tensor, shear: Tensor) -> Tensor:

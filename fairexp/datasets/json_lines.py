@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,11 @@ from torch import Generator, Tensor
 
 from fairexp.datasets.columns import Columns, batch, check, named, need
 from fairexp.datasets.index_file import Index, ascends, index_of
+from fairexp.datasets.open_files import OpenFiles
 from fairexp.datasets.windows import window_permutation
 
 BLOCK_LINES = 1024
 CHUNK = 2**24
-OPEN_FILES = 128  # kept open in each process
 SPACE = b" \t\r"
 
 
@@ -58,7 +57,7 @@ class JSONLines:
             "bytes": sum(path.stat().st_size for path in self.paths),
             "digest": hashlib.sha256("\n".join(listing).encode()).hexdigest(),
         }
-        self._files: OrderedDict[int, int] = OrderedDict()
+        self._files = OpenFiles(self.paths)
         row = self._row(0)
         missing = [name for name in named(columns) if row.get(name) is None]
         if missing:
@@ -68,13 +67,6 @@ class JSONLines:
 
     def __len__(self) -> int:
         return int(self.ends[-1])
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_files": OrderedDict()}
-
-    def __del__(self) -> None:
-        for file in self.__dict__.get("_files", {}).values():
-            os.close(file)
 
     def permutation(self, generator: Generator) -> Tensor:
         blocks = [min(BLOCK_LINES, len(lines) - at) for lines in self.lines for at in range(0, len(lines), BLOCK_LINES)]
@@ -103,7 +95,7 @@ class JSONLines:
             if array.type == kind:
                 return array
         except (pa.ArrowException, OverflowError):
-            pass
+            pass  # one of them is of another type: which?
         for index, value in zip(indices, values, strict=True):
             try:
                 good = agrees(pa.array([value]).type, kind)
@@ -123,12 +115,7 @@ class JSONLines:
     def _row(self, index: int) -> dict[str, Any]:
         file, place = self._place(index)
         start, end = int(self.starts[file][place]), int(self.lines[file][place])
-        if file not in self._files:
-            while len(self._files) >= OPEN_FILES:
-                os.close(self._files.popitem(last=False)[1])
-            self._files[file] = os.open(self.paths[file], os.O_RDONLY)
-        self._files.move_to_end(file)
-        data = os.pread(self._files[file], end - start, start)
+        data = self._files.read(file, end - start, start)
         try:
             row = json.loads(data)
             if not isinstance(row, dict):

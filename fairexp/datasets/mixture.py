@@ -1,4 +1,4 @@
-"""Several data sets as one, in exact proportions; and a seeded order of any number of samples that needs no memory."""
+"""Several data sets as one, in exact proportions."""
 
 import heapq
 import math
@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fairexp.datasets.permutation import permuted
+
 MOST_PLACES = 1 << 16  # of a mixture's table
-ROUNDS = 8
-CHUNK = 1 << 16  # places that are computed at once
 
 
 class Mixture:
@@ -146,35 +146,3 @@ def schedule(shares: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         if counts[number] < shares[number]:
             heapq.heappush(coming, (counts[number] * period // shares[number], number))
     return set_at, before
-
-
-def permuted(places: np.ndarray, length: int, seed: int) -> np.ndarray:
-    """The numbers of range(length) at these places of their permutation, int64; one-to-one for each (length, seed).
-
-    A Feistel network over a x b >= length with additions in place of XOR, walked on until it ends below length (Black and
-    Rogaway, "Ciphers with Arbitrary Finite Domains", 2002); its rounds mix by splitmix64. a x b is at most 2 sqrt(length)
-    + 1 larger than length, so next to nothing is walked.
-    """
-    a = np.uint64(np.ceil(np.sqrt(length)))
-    b = np.uint64(-(-length // int(a)))
-    keys = _mixed(np.uint64(seed % (1 << 64)) + np.arange(1, ROUNDS + 1, dtype=np.uint64))
-    x = places.astype(np.uint64)
-    left = np.arange(len(x))
-    while len(left):
-        high, low = np.divmod(x[left], b)
-        for number, key in enumerate(keys):
-            if number % 2:
-                low = (low + _mixed(high ^ key) % b) % b
-            else:
-                high = (high + _mixed(low ^ key) % a) % a
-        x[left] = high * b + low
-        left = left[x[left] >= length]
-    return x.astype(np.int64)
-
-
-def _mixed(x: np.ndarray) -> np.ndarray:
-    """Splitmix64 (Steele et al. 2014)."""
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))

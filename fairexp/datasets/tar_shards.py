@@ -12,7 +12,6 @@ import os
 import re
 import tarfile
 import zlib
-from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,6 +23,7 @@ from torch import Generator, Tensor
 
 from fairexp.datasets.image_folder import SUFFIXES, image, need_pillow
 from fairexp.datasets.index_file import Index, ascends, index_of
+from fairexp.datasets.open_files import OpenFiles
 from fairexp.datasets.windows import window_permutation
 
 BLOCK = 512
@@ -46,7 +46,6 @@ REFUSED = {
     tarfile.FIFOTYPE: "a named pipe",
 }
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"(\xb5": "zstd"}
-OPEN_FILES = 128  # kept open in each process
 
 
 class TarImages:
@@ -203,17 +202,10 @@ class Shards:
             "bytes": sum(int(shard.sizes.sum()) for shard in self.layouts),
             "digest": hashlib.sha256("\n".join(listing).encode()).hexdigest(),
         }
-        self._files: OrderedDict[int, int] = OrderedDict()  # shard -> descriptor
+        self._files = OpenFiles(self.paths)
 
     def __len__(self) -> int:
         return int(self.ends[-1])
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_files": OrderedDict()}
-
-    def __del__(self) -> None:
-        for file in self.__dict__.get("_files", {}).values():
-            os.close(file)
 
     def permutation(self, generator: Generator) -> Tensor:
         return window_permutation([len(shard.ends) for shard in self.layouts], self.window, generator)
@@ -237,7 +229,7 @@ class Shards:
             raise ValueError(f"{self.name(index)} has {of}")
         extension, member = fitting[0]
         offset, size = int(found.offsets[member]), int(found.sizes[member])
-        data = os.pread(self._file(shard), BLOCK + size, offset - BLOCK)
+        data = self._files.read(shard, BLOCK + size, offset - BLOCK)
         if len(data) < BLOCK + size or zlib.crc32(memoryview(data)[:BLOCK]) != found.checks[member]:
             raise ValueError(f"{self.name(index)}: the tar has changed since its index was made; start again")
         return extension, data[BLOCK:]
@@ -247,15 +239,6 @@ class Shards:
             raise IndexError(f"sample {index} of {len(self)}")
         shard = int(np.searchsorted(self.ends, index, side="right"))
         return shard, int(index - (self.ends[shard - 1] if shard else 0))
-
-    def _file(self, shard: int) -> int:
-        """An open descriptor: read at given places only, so that processes may share it."""
-        if shard not in self._files:
-            while len(self._files) >= OPEN_FILES:
-                os.close(self._files.popitem(last=False)[1])
-            self._files[shard] = os.open(self.paths[shard], os.O_RDONLY)
-        self._files.move_to_end(shard)
-        return self._files[shard]
 
 
 def build(path: Path, size: int) -> Index:

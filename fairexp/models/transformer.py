@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 NOT_COUNTED = -100  # the target of a position that has no part in the loss
-Cache = list[
-    list[Tensor]
-]  # for each block its keys and values of all positions so far, (batch, kv heads, tokens, head_dim)
+# for each block its keys and values of all positions so far, (batch, kv heads, tokens, head_dim)
+Cache = list[list[Tensor]]
 
 
 class Rope:

@@ -30,6 +30,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fairexp.config.rundir import sync_folder
 from fairexp.errors import FAILED, INTERRUPTED, UserError
 from fairexp.lifetime import die_with
 from fairexp.prep import shards, sources, tokenizer
@@ -116,7 +117,7 @@ def _make(asked: Asked, files: list[sources.File], plan: dict[str, Any], draft: 
     (draft / "lock").unlink(missing_ok=True)
     with shards.named(asked.out):
         draft.rename(asked.out)
-        shards.sync_folder(asked.out.absolute().parent)
+        sync_folder(asked.out.absolute().parent)
     _say(_in_words(asked.out))
     return 0
 

@@ -15,6 +15,7 @@ from typing import IO, Any, Self
 
 import numpy as np
 
+from fairexp.config.rundir import sync_folder, write_atomically
 from fairexp.prep.sources import Block, File, Reading, documents
 from fairexp.prep.tokenizer import Tokenizer, digest, load
 
@@ -252,24 +253,9 @@ def named(path: Path) -> Iterator[None]:
 
 def write_json(path: Path, value: Any) -> None:
     """The file appears whole, or not at all."""
-    draft = path.with_name(f"{path.name}.tmp")
     with named(path):
-        with open(draft, "w", encoding="utf-8") as out:
-            json.dump(value, out, indent=1, ensure_ascii=False)
-            out.write("\n")
-            out.flush()
-            os.fsync(out.fileno())
-        draft.replace(path)
+        write_atomically(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
         sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Names in the folder outlive a power failure."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _read(path: Path) -> dict[str, Any] | None:

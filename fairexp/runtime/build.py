@@ -15,7 +15,7 @@ from fairexp.config import manifest, schema
 from fairexp.config.rundir import RunDir
 from fairexp.errors import RunError
 from fairexp.optim.param_groups import param_groups
-from fairexp.runtime import data, dist, init
+from fairexp.runtime import data, dist, init, order
 from fairexp.runtime.bad_samples import BadSamples
 from fairexp.runtime.checkpoint import Saver
 from fairexp.runtime.ema import EMA, ScheduleFree
@@ -43,21 +43,19 @@ class Run:
     here: dist.Place
     module: nn.Module  # the model by its own names: for state, never called
     model: nn.Module  # what is called: the module, or the strategy's wrapper around it
-    parameters: dict[
-        str, nn.Parameter
-    ]  # the module's; walked once, since a walk costs more than a small step's kernels
+    # the module's; walked once, since a walk costs more than a small step's kernels
+    parameters: dict[str, nn.Parameter]
     strategy: Strategy
     precision: Precision
     optimizer: torch.optim.Optimizer
     schedule: Callable[[int], float]  # optimizer step -> factor on each group's initial_lr
     task: Task
     ema: EMA | None
-    averaged: Callable[
-        [], AbstractContextManager[None]
-    ]  # around an evaluation: the averaged weights, where there are some
-    training: data.TrainingOrder
+    # around an evaluation: the averaged weights, where there are some
+    averaged: Callable[[], AbstractContextManager[None]]
+    training: order.TrainingOrder
     fetch_training: data.Fetcher
-    evaluation: data.EvaluationOrder
+    evaluation: order.EvaluationOrder
     fetch_evaluation: data.Fetcher
     max_steps: int
     stop: Stop
@@ -112,7 +110,7 @@ def build(run_dir: RunDir, config: Mapping[str, Any], here: dist.Place, stop: St
     per_rank = -(-trainer.global_batch_size // here.data_size)
     micro_batch_size = trainer.micro_batch_size or per_rank
     shuffle = config["dataset"].get("shuffle", True)
-    training = data.TrainingOrder(
+    training = order.TrainingOrder(
         lengths["train"], trainer.global_batch_size, micro_batch_size, here, seed, shuffle, datasets["train"]
     )
     max_steps = trainer.max_steps or trainer.max_epochs * training.steps_per_epoch  # type: ignore[operator]
@@ -141,7 +139,7 @@ def build(run_dir: RunDir, config: Mapping[str, Any], here: dist.Place, stop: St
             BadSamples(run_dir.logs, here.rank, trainer.bad_samples),
             make(config["dataset"].get("mix")),
         ),
-        evaluation=data.EvaluationOrder(lengths["eval"], trainer.eval_batch_size or micro_batch_size, here),
+        evaluation=order.EvaluationOrder(lengths["eval"], trainer.eval_batch_size or micro_batch_size, here),
         fetch_evaluation=data.Fetcher(datasets["eval"], None, seed),
         max_steps=max_steps,
         stop=stop,

@@ -74,9 +74,8 @@ class Watched:
 
 def states(run: Run) -> Iterator[tuple[str, str]]:
     """Each state's name and the digest of its value on this rank."""
-    kept = (
-        run.module.state_dict().keys()
-    )  # first: FSDP gives up its gathered weights here, and their memory mustn't be in use
+    # first: FSDP gives up its gathered weights here, and their memory mustn't be in use
+    kept = run.module.state_dict().keys()
     yield "step", digest(run.step)
     for name, weight in run.module.named_parameters():
         yield f"weight {name}", digest(weight)

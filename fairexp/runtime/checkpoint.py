@@ -8,18 +8,14 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import shutil
-import struct
 import sys
 import threading
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,9 +23,11 @@ from fairexp import __version__
 from fairexp.config import manifest
 from fairexp.config.attempt import publish
 from fairexp.config.manifest import Damaged
+from fairexp.config.rundir import sync_folder
 from fairexp.errors import FAILED, Fenced, RunError
 from fairexp.lifetime import leave
 from fairexp.runtime import dist, shards
+from fairexp.runtime.generators import RandomState, random_state
 from fairexp.runtime.track import one_line
 
 if TYPE_CHECKING:
@@ -217,11 +215,11 @@ def _commit(run: Run, draft: Path, files: dict[str, Any], index: dict[str, Any],
         "tensors": index,
     }
     _write_text(draft / manifest.FILE, manifest.encode(body))
-    _sync_folder(draft)
+    sync_folder(draft)
     run.tracker.sync()  # the rows up to here must outlive what the checkpoint outlives
     final = run.dir.checkpoints / draft.name
     publish(draft, final)
-    _sync_folder(final.parent)
+    sync_folder(final.parent)
 
 
 def _made_by(run: Run) -> dict[str, Any]:
@@ -325,7 +323,7 @@ def load(run: Run, folder: Path, goes_on: bool = False) -> None:
             raise
         raise RunError(f"{folder}: not a checkpoint of this run ({one_line(error)!r})") from error
     run.saver.step = run.step
-    if run.here.first and run.step and (changed := _changed(body, _made_by(run))):
+    if goes_on and run.here.first and run.step and (changed := _changed(body, _made_by(run))):
         print(f"not bit for bit as before: {changed}", file=sys.stderr, flush=True)
 
 
@@ -510,7 +508,7 @@ def _tensors(run: Run) -> dict[str, Tensor]:
     if run.ema:
         state |= {f"ema.{name}": tensor for name, tensor in run.ema.shadow.items()}
     if run.here.model_rank == 0:  # the others of a model's group have the same, as they must: they share activations
-        state |= {f"rng.{run.here.data_rank}.{name}": tensor for name, tensor in _random_state(run.here.device).items()}
+        state |= {f"rng.{run.here.data_rank}.{name}": tensor for name, tensor in random_state(run.here.device).items()}
     if other := [name for name, tensor in state.items() if tensor.dtype not in shards.NAMES]:
         raise RunError(f"{other[0]} is of {state[other[0]].dtype}, which a checkpoint doesn't hold")
     return state
@@ -584,64 +582,3 @@ def _room_for(shape: torch.Size, dtype: torch.dtype, parameter: Tensor) -> Tenso
     if shape == parameter.shape:
         return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
     return torch.empty(shape, dtype=dtype, device="cpu")
-
-
-def _random_state(device: torch.device) -> dict[str, Tensor]:
-    """This rank's generators as tensors."""
-    version, keys, next_gauss = random.getstate()
-    _, array, position, has_gauss, gauss = np.random.get_state(legacy=True)  # type: ignore[misc]
-    state = {
-        "torch": torch.get_rng_state(),
-        "python": torch.tensor([version, *keys, *_as_ints(next_gauss)], dtype=torch.int64),
-        "numpy": torch.tensor([*np.asarray(array).tolist(), position, *_as_ints(gauss if has_gauss else None)]),
-    }
-    return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
-
-
-@dataclass(frozen=True)
-class RandomState:
-    """A rank's generators, of which it is known that they can be taken."""
-
-    torch: Tensor
-    python: tuple[Any, ...]
-    numpy: tuple[Any, ...]
-    cuda: Tensor | None
-
-    @staticmethod
-    def of(state: dict[str, Tensor]) -> RandomState:
-        """From what `_random_state` gave. Any exception: it can't be that."""
-        version, *keys, has, bits = state["python"].tolist()
-        python = (version, tuple(keys), _as_float(bits) if has else None)
-        *array, position, has, bits = state["numpy"].tolist()
-        numpy = ("MT19937", np.array(array, dtype=np.uint32), position, has, _as_float(bits))
-        if not 0 <= position <= len(array):  # numpy would read there
-            raise ValueError(f"a generator at {position} of {len(array)}")
-        torch.Generator().set_state(state["torch"])  # these refuse what they can't take
-        random.Random().setstate(python)
-        np.random.RandomState().set_state(numpy)
-        return RandomState(state["torch"], python, numpy, state.get("cuda"))
-
-    def apply(self) -> None:
-        """Gives them to this process: dropout goes on where it was."""
-        torch.set_rng_state(self.torch)
-        random.setstate(self.python)
-        np.random.set_state(self.numpy)
-        if self.cuda is not None and torch.cuda.is_available():
-            torch.cuda.set_rng_state(self.cuda)
-
-
-def _as_ints(number: Any) -> tuple[int, int]:
-    """Whether there is a number, and its bits: generators of normal numbers make two and keep one."""
-    return (0, 0) if number is None else (1, struct.unpack("<q", struct.pack("<d", number))[0])
-
-
-def _as_float(bits: int) -> float:
-    return struct.unpack("<d", struct.pack("<q", bits))[0]
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -42,7 +42,9 @@ def continuation(
     limit = getattr(run.module, "max_tokens", None)
     if limit is not None and len(prompt) + count - 1 > limit:
         most = max(limit - len(prompt) + 1, 0)
-        raise UserError(f"--tokens {count}: this model reads {limit} tokens at once, so {most} can follow on this prompt")
+        raise UserError(
+            f"--tokens {count}: this model reads {limit} tokens at once, so {most} can follow on this prompt"
+        )
     run.module.eval()
     generator = torch.Generator().manual_seed(seed)
     with run.ema.applied() if run.ema else nullcontext():

@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from fairexp.config.rundir import write_atomically
 from fairexp.runtime.build import Run
-from fairexp.runtime.data import Part
 from fairexp.runtime.loop import fit
+from fairexp.runtime.order import Part
 from fairexp.runtime.preempt import Stop
 
 

@@ -19,8 +19,9 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from fairexp.errors import MachineError, RunError
 from fairexp.runtime.bad_samples import BadSamples
-from fairexp.runtime.data import Batches, Fetcher, TrainingOrder
+from fairexp.runtime.data import Batches, Fetcher
 from fairexp.runtime.dist import Place
+from fairexp.runtime.order import TrainingOrder
 
 LENGTH = 24  # samples, in steps of 8
 BAD = (3, 4, 20)

@@ -15,9 +15,9 @@ from conftest import STRATEGIES, TINY, Fairexp, Trained
 
 from fairexp.config import schema
 from fairexp.errors import RunError
-from fairexp.runtime.data import Part, TrainingOrder
 from fairexp.runtime.dist import Place
 from fairexp.runtime.guard import Guard, spike_limit
+from fairexp.runtime.order import Part, TrainingOrder
 from fairexp.runtime.preempt import SIGNALS, Stop
 
 # Digits of which some are multiplied by NaN, or by a number that makes a spike of their batch. A rank that is asked for the

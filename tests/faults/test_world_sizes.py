@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from conftest import TINY, Fairexp, Tiny, Trained
 
-from fairexp.runtime.data import TrainingOrder
 from fairexp.runtime.dist import Place
+from fairexp.runtime.order import TrainingOrder
 
 HERE = Path(__file__).parent
 WORDS = (
