@@ -71,6 +71,7 @@ def image_and_label(
 
 
 def readable(kind: Any) -> bool:
+    """Whether `values` knows what to make of a column of the type."""
     import pyarrow as pa
     import pyarrow.types as types
 
@@ -98,6 +99,7 @@ def batch(table: Any, columns: Columns, where: str) -> Any:
 
 
 def values(column: Any, name: str) -> Tensor | list[str]:
+    """A column as a tensor with its rows first, or its texts. A ValueError names the column that has a null or a ragged list."""
     import pyarrow as pa
     import pyarrow.types as types
 

@@ -83,6 +83,7 @@ def image(source: str | BinaryIO, size: int, augment: bool, name: str) -> Tensor
 
 
 def class_names(folder: Path) -> list[str]:
+    """The folders in it by name, which is a class's number; not the hidden ones."""
     return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
 
 
@@ -130,5 +131,6 @@ def central_box(width: int, height: int) -> Box:
 
 
 def centred(width: int, height: int, w: float, h: float) -> Box:
+    """The box of that size in the middle of the image."""
     left, top = (width - w) / 2, (height - h) / 2
     return left, top, left + w, top + h

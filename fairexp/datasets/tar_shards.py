@@ -126,6 +126,7 @@ class TarSamples:
 
 
 def picture(shards: "Shards", index: int, extensions: Collection[str], size: int, augment: bool) -> Tensor:
+    """The sample's image, float32 [3, size, size]."""
     extension, data = shards.read(index, extensions)
     return image(io.BytesIO(data), size, augment, f"{shards.name(index)}, {extension}")
 
@@ -157,6 +158,7 @@ class Layout(NamedTuple):
 
 
 def layout(index: Index) -> Layout:
+    """What an index that `build` made says."""
     return Layout(extensions=index.words, **index.arrays)
 
 

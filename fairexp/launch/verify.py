@@ -77,6 +77,7 @@ def verify(overrides: Sequence[str], config_dirs: Sequence[Path], name: str, tru
 
 
 def say(line: str) -> None:
+    """A line of progress on stderr."""
     print(line, file=sys.stderr, flush=True)
 
 
