@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -214,3 +216,17 @@ def test_arguments_that_differ_from_the_checkpoint_s_config_are_named_before_any
     (tmp_path / "model.safetensors").unlink()
     assert cli.main(words) == 2
     assert f"{tmp_path} holds no model.safetensors, nor an index of several" in capsys.readouterr().err
+
+
+def test_an_export_that_finds_no_room_is_one_line_and_leaves_nothing(tiny: Tiny, tmp_path: Path) -> None:
+    run = tiny("single", *TEXT, *RUNS["llama"])
+    # a limit on the size of a file fails as a full disk does
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (9_000, 9_000))"
+    words = ["export", str(run.path), str(tmp_path / "a folder" / "theirs")]
+    program = f"{limit}; import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); from fairexp.cli import main"
+    command = [sys.executable, "-c", f"import sys; {program}; sys.exit(main({words!r}))"]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert ended.returncode == 1, ended.stderr
+    assert ended.stderr.startswith(f"fairexp: export: {tmp_path}/a folder/theirs: ")
+    assert ended.stderr.count("\n") == 1
+    assert list((tmp_path / "a folder").iterdir()) == []

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -27,7 +28,7 @@ def write(
     """Writes model.safetensors, or several and their index, and config.json; whose weights they are, in words, and how many
     bytes. Where the run has kept an average of its weights, it's that which its evaluations were of, and which is written.
 
-    RunError, Damaged: the checkpoint isn't whole, or another model's.
+    RunError, Damaged: the checkpoint isn't whole, or another model's. OSError: the folder takes no more.
     """
     body = manifest.check_all(checkpoint)
     stored = shards.Stored(checkpoint, body["tensors"], body["files"])
@@ -51,7 +52,11 @@ def write(
     for number, names in enumerate(files, 1):
         file = "model.safetensors" if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
         where |= dict.fromkeys(names, file)
-        save_file({name: _joined(stored, averaged, theirs[name]) for name in names}, folder / file, {"format": "pt"})
+        tensors = {name: _joined(stored, averaged, theirs[name]) for name in names}
+        try:
+            save_file(tensors, folder / file, {"format": "pt"})
+        except SafetensorError as error:  # of a full disk too
+            raise OSError(str(error)) from error
     if len(files) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
         (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n")
