@@ -65,7 +65,9 @@ def start_hanging(folder: Path, fault: str, rank: int, step: int = 10) -> Comman
         words = (f"dataset.train.rank={rank}", f"dataset.train.batch={step // 2 + 1}", "trainer.num_workers=2")
         return start(folder, "dataset=faulty", *words)
     # a rank that is stopped or keeps the GIL also stops its save in the background: waited for, step 5 is there for sure
-    return start(folder, f"model.fault='{fault}'", f"model.rank={rank}", f"model.step={step}", "checkpoint.background=false")
+    return start(
+        folder, f"model.fault='{fault}'", f"model.rank={rank}", f"model.step={step}", "checkpoint.background=false"
+    )
 
 
 def ended(command: Command, fault: str, rank: int) -> Hung:
