@@ -18,16 +18,19 @@ from conftest import Fairexp
 from PIL import Image
 from torch import Tensor
 
+from fairexp import cli
 from fairexp.datasets.augment import RandomAffine
 from fairexp.datasets.digits import Digits
 from fairexp.datasets.huggingface import HuggingFaceImages, HuggingFaceRows
 from fairexp.datasets.image_folder import ImageFolder
 from fairexp.datasets.json_lines import JSONLines
+from fairexp.datasets.mixture import Mixture
 from fairexp.datasets.parquet import ParquetImages, ParquetRows
 from fairexp.datasets.tar_shards import TarImages
+from fairexp.datasets.tokens import Tokens
 from fairexp.runtime.data import Batches, Fetcher
 from fairexp.runtime.dist import Place
-from fairexp.runtime.order import TrainingOrder
+from fairexp.runtime.order import TrainingOrder, endless
 
 datasets = pytest.importorskip("datasets")
 torch.set_num_threads(1)
@@ -106,8 +109,44 @@ def hugging_face_images(root: Path) -> Any:
     return HuggingFaceImages(root / "saved", None, None, ["image", "label"], 4, LENGTH, augment=True)
 
 
+def shards(folder: Path, letter: str) -> Path:
+    """Token shards of some 70 documents of other lengths, in files of 300 tokens; `letter` is in no other's."""
+    lines = [f"{letter}{number}:{number**5 % 10 ** (number % 9 + 1)}" for number in range(70)]
+    (folder / f"{letter}.txt").write_text("\n".join(lines))
+    flags = [
+        "--split-on",
+        "\n",
+        "--valid",
+        "0",
+        "--shard-tokens",
+        "300",
+        "--workers",
+        "1",
+        "--out",
+        f"{folder / letter}",
+    ]
+    assert cli.main(["prep", f"{folder / letter}.txt", *flags]) == 0
+    return folder / letter
+
+
+def tokens(root: Path) -> Any:
+    return Tokens(shards(root, "t"), "train", seq_len=12, mask_documents=True)
+
+
+def token_documents(root: Path) -> Any:
+    return Tokens(shards(root, "t"), "train", seq_len=12, pack="documents")
+
+
+def token_mixture(root: Path) -> Any:
+    sets = [Tokens(shards(root, letter), "train", seq_len=12, mask_documents=True) for letter in "abc"]
+    return Mixture(sets, [0.5, 0.3, 0.2])
+
+
 SOURCES: list[Callable[[Path], Any]] = [
     digits,
+    tokens,
+    token_documents,
+    token_mixture,
     image_folder,
     tar,
     tar_windows,
@@ -133,7 +172,7 @@ def global_batches(data: Any, world_size: int, workers: int, first: int, last: i
     augment = RandomAffine(degrees=10) if isinstance(data, Digits) else None
     for rank in range(world_size):
         here = Place(rank, world_size, rank, torch.device("cpu"))
-        order = TrainingOrder(len(data), GLOBAL, MICRO, here, 0, dataset=data)
+        order = TrainingOrder(len(data), GLOBAL, MICRO, here, 0, shuffle=not endless(data), dataset=data)
         batches = Batches(Fetcher(data, augment, 0), order, here, workers, first)
         for step, micro_batches in zip(got, batches, strict=False):
             step += [sample for micro in micro_batches for sample in samples(micro.batch, micro.weight)]
@@ -157,9 +196,11 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def check(data: Any, num: int, ways: Ways) -> None:
-    """Reads the first `num` global batches without an interruption and with; each sample comes once an epoch."""
+    """Reads the first `num` global batches without an interruption and with. But of a mixture, a sample comes once an epoch."""
     uninterrupted = global_batches(data, 1, 0, 0, num)
     assert interrupted(data, num, ways) == uninterrupted
+    if endless(data):
+        return
     epoch = -(-len(data) // GLOBAL)
     firsts, seconds = uninterrupted[:epoch], uninterrupted[epoch : 2 * epoch]
     assert [len(batch) for batch in firsts] == [GLOBAL] * (epoch - 1) + [len(data) - GLOBAL * (epoch - 1)]
