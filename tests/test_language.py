@@ -5,6 +5,8 @@ tokens, the same bits after an interruption.
 import json
 import random
 import shutil
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -52,19 +54,35 @@ def single(fairexp: Fairexp, shards: Path, tmp_path_factory: pytest.TempPathFact
     return train(fairexp, shards, tmp_path_factory.mktemp("single"), *STRATEGIES["single"])
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        ("ddp2", "trainer.micro_batch_size=2", "task.chunk=16"),
-        ("fsdp2", "trainer.micro_batch_size=3"),
-        ("hybrid",),
-    ],
-    ids=lambda words: words[0],
-)
+@pytest.fixture(scope="module")
+def trained(
+    single: Trained, fairexp: Fairexp, shards: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Trained]:
+    """The run under that strategy, made once."""
+
+    @cache
+    def run(strategy: str) -> Trained:
+        if strategy == "single":
+            return single
+        return train(fairexp, shards, tmp_path_factory.mktemp(strategy), *STRATEGIES[strategy], *MORE[strategy])
+
+    return run
+
+
+MORE: dict[str, tuple[str, ...]] = {
+    "ddp2": ("trainer.micro_batch_size=2", "task.chunk=16"),
+    "fsdp2": ("trainer.micro_batch_size=3",),
+    "hybrid": (),
+    "tp2": (),
+    "tp2x2": ("trainer.micro_batch_size=2",),
+}
+
+
+@pytest.mark.parametrize("strategy", MORE)
 def test_every_strategy_averages_over_the_global_batchs_tokens(
-    single: Trained, fairexp: Fairexp, shards: Path, tmp_path: Path, words: tuple[str, ...]
+    single: Trained, trained: Callable[[str], Trained], strategy: str
 ) -> None:
-    run = train(fairexp, shards, tmp_path, *STRATEGIES[words[0]], *words[1:])
+    run = trained(strategy)
     assert run.losses == pytest.approx(single.losses, rel=1e-5)
     assert run.norms == pytest.approx(single.norms, rel=1e-4)
     assert run.evals.keys() == single.evals.keys() == {6, 12}
@@ -73,13 +91,19 @@ def test_every_strategy_averages_over_the_global_batchs_tokens(
         assert metrics == pytest.approx(single.evals[step], rel=1e-4)
 
 
-def test_an_interrupted_run_goes_on_to_the_same_bits(single: Trained, fairexp: Fairexp, tmp_path: Path) -> None:
-    copy = interrupted(single, tmp_path)
-    done = fairexp(*single.command, f"runs_dir={tmp_path}")
+@pytest.mark.parametrize("strategy", ["single", *MORE])
+def test_an_interrupted_run_goes_on_to_the_same_bits(
+    trained: Callable[[str], Trained], fairexp: Fairexp, tmp_path: Path, strategy: str
+) -> None:
+    whole = trained(strategy)
+    copy = interrupted(whole, tmp_path)
+    done = fairexp(*whole.command, f"runs_dir={tmp_path}")
     assert done.returncode == 0, done.stderr
-    run = Trained(copy, single.command)
-    assert run.losses == single.losses
-    assert run.evals == single.evals
+    assert "steps 10 -> 12 (resumed)" in done.stderr
+    run = Trained(copy, whole.command)
+    assert run.losses == whole.losses
+    assert run.norms == whole.norms
+    assert run.evals == whole.evals
 
 
 def test_other_data_under_a_checkpoint_is_an_error_that_says_what_changed(
