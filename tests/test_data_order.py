@@ -175,7 +175,11 @@ def test_a_resume_gets_the_same_samples() -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_loading_leaves_the_generators_of_the_dropout_masks_alone(workers: int) -> None:
+def test_loading_leaves_the_generators_of_the_dropout_masks_alone(
+    workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not workers:  # in a process of its own torch seeds them itself
+        monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("a device's generator is seeded"))
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
     fetch(1, 5, workers=workers)
     assert torch.equal(torch.get_rng_state(), before[0])

@@ -159,8 +159,9 @@ class Fetcher:
         return self.dataset.__getitems__(torch.tensor([index]))
 
     def _sample(self, index: int, seed: int) -> Any:
-        # whatever generator a transform uses, it draws the same numbers for the same sample
-        torch.manual_seed(seed)
+        # whatever generator a transform uses, it draws the same numbers for the same sample. Not torch.manual_seed: that
+        # seeds the devices' too, from which dropout draws, and where there are none notes a stack trace for each
+        torch.default_generator.manual_seed(seed)
         np.random.seed(seed & 0xFFFFFFFF)
         random.seed(seed)
         return self.dataset[index]
