@@ -4,13 +4,14 @@ import itertools
 import random
 import tracemalloc
 from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from fairexp.runtime.data import Batches, Fetcher, MicroBatch
+from fairexp.runtime.data import Batches, Fetcher, MicroBatch, packed, unpacked
 from fairexp.runtime.dist import Place
 from fairexp.runtime.order import EvaluationOrder, Part, TrainingOrder
 
@@ -185,3 +186,40 @@ def test_loading_leaves_the_generators_of_the_dropout_masks_alone(
     assert torch.equal(torch.get_rng_state(), before[0])
     assert random.getstate() == before[1]
     assert np.random.get_state()[1].tolist() == before[2]
+
+
+# On the way from a data loading process
+
+
+class Pair(NamedTuple):
+    first: Any
+    second: Any
+
+
+def test_a_batch_comes_out_of_one_piece_of_shared_memory_as_it_went_in() -> None:
+    batch = {
+        "numbers": torch.arange(12).view(3, 4).T,
+        "pair": Pair(torch.rand(3, dtype=torch.float64), [torch.tensor(True), "a text", None]),
+        "halves": (torch.rand(5).bfloat16(), torch.empty(0, 7), torch.tensor(2.5)),
+        "sparse": torch.eye(2).to_sparse(),
+    }
+    sent = packed(batch)
+    assert sent.piece.is_shared()
+    assert not any(
+        isinstance(value, Tensor) for value in (sent.form["numbers"], *sent.form["pair"], *sent.form["halves"])
+    )
+    got = unpacked(sent)
+    assert got.keys() == batch.keys()
+    assert type(got["pair"]) is Pair
+    assert got["pair"].second[1:] == ["a text", None]
+    tensors = (
+        (got["numbers"], batch["numbers"]),
+        (got["pair"].first, batch["pair"].first),
+        (got["pair"].second[0], batch["pair"].second[0]),
+        *zip(got["halves"], batch["halves"], strict=True),
+        (got["sparse"].to_dense(), torch.eye(2)),
+    )
+    for mine, theirs in tensors:
+        assert (mine.dtype, mine.shape) == (theirs.dtype, theirs.shape)
+        assert torch.equal(mine, theirs)
+    assert unpacked(packed("no tensor")) == "no tensor"

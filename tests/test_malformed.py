@@ -166,9 +166,7 @@ def test_the_table_is_whole() -> None:
         "train --frehs",
     ],
 )
-def test_a_mistake_is_named_at_once_and_without_torch(
-    command: str, folder: Path, environment: dict[str, str]
-) -> None:
+def test_a_mistake_is_named_at_once_and_without_torch(command: str, folder: Path, environment: dict[str, str]) -> None:
     code = f"import sys; from fairexp import cli; code = cli.main({shlex.split(command)}); print(*sys.modules); sys.exit(code)"
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)

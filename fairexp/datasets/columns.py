@@ -57,7 +57,7 @@ def check_images(schema: Any, columns: Sequence[str], where: str) -> None:
 
 
 def image_and_label(
-    row: Mapping[str, Any], columns: Sequence[str], size: int, num_classes: int, augment: bool, name: str
+    row: Mapping[str, Any], columns: Sequence[str], size: int, num_classes: int, augment: bool, name: object
 ) -> tuple[Tensor, Tensor]:
     """A row's image as `ImageFolder` gives it, and its class. A path in place of bytes isn't followed: it may lead anywhere."""
     data, label = (row[column] for column in columns)

@@ -67,8 +67,19 @@ def need_pillow() -> None:
         raise ImportError("reading image files needs Pillow: pip install 'fairexp[images]'") from error
 
 
-def image(source: str | BinaryIO, size: int, augment: bool, name: str) -> Tensor:
-    """An image file or its open bytes as normalised float32 [3, size, size]; a ValueError that begins with the name.
+class Told:
+    """A text that is made when somebody asks: a sample's name takes longer than reading a small one."""
+
+    def __init__(self, tell: Callable[[], str]) -> None:
+        self.tell = tell
+
+    def __str__(self) -> str:
+        return self.tell()
+
+
+def image(source: str | BinaryIO, size: int, augment: bool, name: object) -> Tensor:
+    """An image file or its open bytes as normalised float32 [3, size, size]; a ValueError that begins with the name,
+    which is asked for its str() only then.
 
     With `augment`, a random part of it, mirrored half of the time, by torch's global generator; without, the central 7/8
     of the short side.

@@ -17,7 +17,7 @@ import torch
 from torch import Generator, Tensor
 
 from fairexp.datasets.columns import Columns, batch, check, check_images, image_and_label, named, need
-from fairexp.datasets.image_folder import need_pillow
+from fairexp.datasets.image_folder import Told, need_pillow
 from fairexp.datasets.windows import window_permutation
 
 OPEN_FILES = 32  # kept open in each process
@@ -58,7 +58,7 @@ class ParquetImages:
         return self.table.permutation(generator)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        row, name = self.table.row(index), self.table.name(index)
+        row, name = self.table.row(index), Told(lambda: self.table.name(index))
         return image_and_label(row, self.columns, self.image_size, self.num_classes, self.augment, name)
 
 

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from fairexp.datasets.image_folder import SUFFIXES, image, need_pillow
+from fairexp.datasets.image_folder import SUFFIXES, Told, image, need_pillow
 from fairexp.datasets.index_file import Index, ascends, index_of
 from fairexp.datasets.open_files import OpenFiles
 from fairexp.datasets.windows import window_permutation
@@ -128,7 +128,7 @@ class TarSamples:
 def picture(shards: "Shards", index: int, extensions: Collection[str], size: int, augment: bool) -> Tensor:
     """The sample's image, float32 [3, size, size]."""
     extension, data = shards.read(index, extensions)
-    return image(io.BytesIO(data), size, augment, f"{shards.name(index)}, {extension}")
+    return image(io.BytesIO(data), size, augment, Told(lambda: f"{shards.name(index)}, {extension}"))
 
 
 def value(shards: "Shards", index: int, field: str) -> Any:

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -34,6 +35,7 @@ from fairexp.runtime.preempt import SIGNALS
 Augment = Callable[[Any, Tensor], Any]
 
 LOOKS_AT = 100  # samples, until one is found that takes a bad one's place
+ALIGNED = 64  # bytes: where a tensor begins in shared memory
 SMALL_SHM_MIB = 64  # what a container has by default; a few batches fill it
 
 
@@ -220,11 +222,12 @@ class _InWorker:
     def __init__(self, fetcher: Fetcher):
         self.fetcher = fetcher
 
-    def __getitem__(self, part: Part) -> tuple[Any, list[Bad]] | RunError:
+    def __getitem__(self, part: Part) -> tuple[Packed, list[Bad]] | RunError:
+        part = part._replace(indices=torch.from_numpy(part.indices))
         try:
             batch, bad = self.fetcher.fetch(part)
             # now and not on the way: the queue's thread would print a traceback, drop the batch, and the run would wait for ever
-            return share(batch), bad
+            return packed(batch), bad
         except RunError as error:
             return error
         except RuntimeError as error:
@@ -242,15 +245,68 @@ LIKELY = {
 }
 
 
-def share(batch: Any) -> Any:
-    """The batch with every tensor in shared memory, in place; tuples, lists and dicts are walked."""
-    if isinstance(batch, Tensor):
-        batch.share_memory_()
-    elif isinstance(batch, dict):
-        share(list(batch.values()))
-    elif isinstance(batch, tuple | list):
-        for value in batch:
-            share(value)
+class Packed(NamedTuple):
+    """A batch on its way from a data loading process: its tensors in one piece of shared memory, unless they are in some
+    already. Each piece costs a file descriptor, which goes through a connection of its own."""
+
+    piece: Tensor  # bytes
+    form: Any  # the batch, with an Inside for each tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Inside:
+    """Where a tensor is in the piece."""
+
+    dtype: torch.dtype
+    shape: torch.Size
+    begin: int
+    end: int
+
+
+def packed(batch: Any) -> Packed:
+    """The batch with its tensors copied into shared memory; tuples, lists and dicts are walked."""
+    tensors: list[tuple[Tensor, Inside]] = []
+    size = 0
+
+    def place(tensor: Tensor) -> Tensor | Inside:
+        nonlocal size
+        if tensor.layout != torch.strided or tensor.is_shared():  # default_collate has put it there
+            return tensor
+        if type(tensor) is not Tensor or tensor.is_quantized or tensor.requires_grad:
+            return tensor.share_memory_()
+        inside = Inside(tensor.dtype, tensor.shape, size, size + tensor.nbytes)
+        tensors.append((tensor, inside))
+        size += -(-tensor.nbytes // ALIGNED) * ALIGNED
+        return inside
+
+    form = each(Tensor, place, batch)
+    if not size:
+        return Packed(torch.empty(0, dtype=torch.uint8), form)
+    piece = torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(size))
+    for tensor, inside in tensors:
+        view(piece, inside).copy_(tensor)
+    return Packed(piece, form)
+
+
+def unpacked(batch: Packed) -> Any:
+    """The batch, whose tensors are views of the piece."""
+    return each(Inside, partial(view, batch.piece), batch.form)
+
+
+def view(piece: Tensor, inside: Inside) -> Tensor:
+    return piece[inside.begin : inside.end].view(inside.dtype).view(inside.shape)
+
+
+def each(kind: type, change: Callable[[Any], Any], batch: Any) -> Any:
+    """The batch with what is of that kind changed; tuples, lists and dicts are walked."""
+    if isinstance(batch, kind):
+        return change(batch)
+    if isinstance(batch, dict):
+        return {key: each(kind, change, value) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(each(kind, change, value) for value in batch))
+    if isinstance(batch, tuple | list):
+        return type(batch)(each(kind, change, value) for value in batch)
     return batch
 
 
@@ -297,7 +353,7 @@ class Batches:
         loader: DataLoader[Any] = DataLoader(
             _InWorker(self.fetcher),  # type: ignore[arg-type]
             batch_size=None,
-            sampler=_Keys(lambda: (part for step in self.order.steps(first_step) for part in step)),  # type: ignore[arg-type]
+            sampler=_Keys(lambda: self._keys(first_step)),  # type: ignore[arg-type]
             num_workers=self.num_workers,
             collate_fn=_identity,
             generator=torch.Generator(),  # the loader draws its base seed: not from the dropout masks' generator
@@ -313,6 +369,12 @@ class Batches:
         # taken, within torch's five seconds
         if signal.getsignal(signal.SIGCHLD) is not handler:
             signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
+
+    def _keys(self, first_step: int) -> Iterator[Part]:
+        """The parts as a data loading process gets them: a tensor would go there in shared memory of its own."""
+        for step in self.order.steps(first_step):
+            for part in step:
+                yield part._replace(indices=part.indices.numpy())  # type: ignore[arg-type]
 
     def __iter__(self) -> Batches:
         return self
@@ -344,7 +406,8 @@ class Batches:
             raise
         if isinstance(got, RunError):
             raise got
-        return self.fetcher.judge(part, *got)
+        batch, bad = got
+        return self.fetcher.judge(part, unpacked(batch), bad)
 
     def close(self) -> None:
         """Ends the workers."""
@@ -369,13 +432,7 @@ def to_device(batch: Any, device: torch.device) -> Any:
     """The batch with every tensor on the device; tuples, lists and dicts are walked."""
     if device.type == "cpu":
         return batch
-    if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, dict):
-        return {key: to_device(value, device) for key, value in batch.items()}
-    if isinstance(batch, tuple | list):
-        return type(batch)(to_device(value, device) for value in batch)
-    return batch
+    return each(Tensor, lambda tensor: tensor.to(device, non_blocking=True), batch)
 
 
 def length(dataset: Any, what: str) -> int:
