@@ -96,6 +96,8 @@ class Fetcher:
 
     def fetch(self, part: Part) -> tuple[Any, list[Bad]]:
         """The batch, and the samples that were replaced in it; no batch, where one couldn't be."""
+        if self.gathers and not (self.augment or self.mix):
+            return self._gather(part.indices)
         own = seeds = self.seeds(part)
         if self.mix:
             part = part._replace(indices=torch.cat([part.indices, self.mix.partners(own, len(self.dataset))]))
