@@ -2,10 +2,10 @@
 match; before anything starts, with exit code 2. Beside each mistake stands the mended command, which passes."""
 
 import re
-import resource
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -166,13 +166,13 @@ def test_the_table_is_whole() -> None:
         "train --frehs",
     ],
 )
-def test_a_mistake_is_named_at_once_and_without_torch(command: str, folder: Path, environment: dict[str, str]) -> None:
+def test_a_mistake_is_named_within_three_seconds_and_without_torch(
+    command: str, folder: Path, environment: dict[str, str]
+) -> None:
     code = f"import sys; from fairexp import cli; code = cli.main({shlex.split(command)}); print(*sys.modules); sys.exit(code)"
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    began = time.monotonic()
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    # of the processor, 0.5 s on a quiet machine: a clock on the wall also shows what else the machine does
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.5
+    assert time.monotonic() - began < 3
     assert (ended.returncode, ended.stderr.count("fairexp: ")) == (2, len(ended.stderr.splitlines()))
     assert not {"torch", "wandb", "submitit", "numpy"} & set(ended.stdout.split())
 

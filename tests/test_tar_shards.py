@@ -284,12 +284,12 @@ def test_other_tars_are_refused_in_one_line(tmp_path: Path, members: list[Member
         path.write_bytes(members)
     else:
         write_tar(path, members)
-    began = time.process_time()
+    began = time.perf_counter()
     with pytest.raises(ValueError, match=re.escape(line)) as caught:
         Shards(tmp_path, "*.tar")
     assert str(tmp_path) in str(caught.value)
     assert "\n" not in str(caught.value)
-    assert time.process_time() - began < 1
+    assert time.perf_counter() - began < 1
     assert {file.name for file in tmp_path.iterdir()} <= {"a.tar", "a.tar.index"}, "something was extracted"
 
 

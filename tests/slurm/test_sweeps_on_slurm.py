@@ -3,9 +3,9 @@
 import json
 import os
 import re
-import resource
 import shutil
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -149,9 +149,9 @@ def test_a_sweep_whose_submitter_is_killed_has_each_job_once(counting: Any, clus
     assert len(counting.runs) == 12
     assert {state(run) for run in counting.runs} == {"finished"}
 
-    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    began = time.monotonic()
     once_more = counting.fairexp(*asked)
-    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 3  # s of the processor
+    assert time.monotonic() - began < 3
     assert (once_more.returncode, "12 finished" in once_more.stderr) == (0, True)
     assert cluster.squeue() == []
     assert len(starts(counting)) == 12
