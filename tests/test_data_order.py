@@ -3,6 +3,7 @@
 import itertools
 import random
 import tracemalloc
+from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -11,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fairexp.runtime.data import Batches, Fetcher, MicroBatch, packed, unpacked
+from fairexp.runtime.data import Batches, Fetcher, MicroBatch
 from fairexp.runtime.dist import Place
 from fairexp.runtime.order import EvaluationOrder, Part, TrainingOrder
+from fairexp.runtime.packing import packed, unpacked
 
 torch.set_num_threads(1)
 
@@ -202,6 +204,7 @@ def test_a_batch_comes_out_of_one_piece_of_shared_memory_as_it_went_in() -> None
         "pair": Pair(torch.rand(3, dtype=torch.float64), [torch.tensor(True), "a text", None]),
         "halves": (torch.rand(5).bfloat16(), torch.empty(0, 7), torch.tensor(2.5)),
         "sparse": torch.eye(2).to_sparse(),
+        "ordered": OrderedDict(b=torch.ones(2), a=1),
     }
     sent = packed(batch)
     assert sent.piece.is_shared()
@@ -211,6 +214,9 @@ def test_a_batch_comes_out_of_one_piece_of_shared_memory_as_it_went_in() -> None
     got = unpacked(sent)
     assert got.keys() == batch.keys()
     assert type(got["pair"]) is Pair
+    assert type(got["ordered"]) is OrderedDict
+    assert [*got["ordered"]] == ["b", "a"]
+    assert batch["ordered"]["b"] is not got["ordered"]["b"], "the data set's own mapping was changed"
     assert got["pair"].second[1:] == ["a text", None]
     tensors = (
         (got["numbers"], batch["numbers"]),

@@ -15,7 +15,8 @@ from torch import Tensor
 from fairexp.errors import RunError
 from fairexp.runtime import checkpoint, dist
 from fairexp.runtime.build import Run
-from fairexp.runtime.data import Batches, MicroBatch, to_device
+from fairexp.runtime.data import Batches, MicroBatch
+from fairexp.runtime.packing import to_device
 from fairexp.runtime.peaks import peak_flops
 from fairexp.runtime.profile import Profile
 

@@ -21,7 +21,7 @@ BATCH = {"small": 256, "tokens": 32, "images": 64, "rows": 256}
 SEQ_LEN = 512
 SIZE, NUM_CLASSES = 64, 10  # of the images
 
-Reader = Callable[[Path, int, float], tuple[Iterator[Any], int]]  # the batches from there on, and those of an epoch
+Reader = Callable[[Path, int, float], Iterator[Any]]  # folder, processes, part of an epoch -> the batches from there on
 READERS: dict[tuple[str, str], Reader] = {}
 
 
@@ -97,7 +97,8 @@ def decoded(data: bytes, label: int) -> Any:
 # How it is read
 
 
-def fairexp(dataset: Any, source: str, workers: int, at: float) -> tuple[Iterator[Any], int]:
+def fairexp(dataset: Any, source: str, workers: int, at: float) -> Iterator[Any]:
+    """What a run's loop gets, from that part of an epoch on."""
     import torch
 
     from fairexp.runtime.data import Batches, Fetcher
@@ -106,47 +107,46 @@ def fairexp(dataset: Any, source: str, workers: int, at: float) -> tuple[Iterato
 
     here, size = Place(0, 1, 0, torch.device("cpu")), BATCH[source]
     order = TrainingOrder(len(dataset), size, size, here, 0, dataset=dataset)
-    first = int(at * order.steps_per_epoch)
-    return Batches(Fetcher(dataset, None, 0), order, here, workers, first), order.steps_per_epoch
+    return Batches(Fetcher(dataset, None, 0), order, here, workers, int(at * order.steps_per_epoch))
 
 
-def plain(dataset: Any, source: str, workers: int, at: float, shuffle: bool = True) -> tuple[Iterator[Any], int]:
+def plain(dataset: Any, source: str, workers: int, at: float) -> Iterator[Any]:
     """torch's DataLoader as it comes; it gets to a place by reading what is before."""
     from torch.utils.data import DataLoader
 
-    loader: DataLoader[Any] = DataLoader(dataset, BATCH[source], shuffle=shuffle, num_workers=workers, drop_last=True)
-    return itertools.islice(forever(loader), int(at * len(loader)), None), len(loader)
+    loader: DataLoader[Any] = DataLoader(dataset, BATCH[source], shuffle=True, num_workers=workers, drop_last=True)
+    return forever(loader, int(at * len(loader)))
 
 
-def forever(loader: Any) -> Iterator[Any]:
-    while True:
-        yield from loader
+def forever(loader: Any, first: int) -> Iterator[Any]:
+    """Its batches, epoch by epoch, after the first so many."""
+    return itertools.islice(itertools.chain.from_iterable(itertools.repeat(loader)), first, None)
 
 
 @reads("small", "fairexp")
-def _(folder: Path, workers: int, at: float) -> tuple[Iterator[Any], int]:
+def _(folder: Path, workers: int, at: float) -> Iterator[Any]:
     return fairexp(SmallBatches(folder), "small", workers, at)
 
 
 @reads("small", "DataLoader")
-def _(folder: Path, workers: int, at: float) -> tuple[Iterator[Any], int]:
+def _(folder: Path, workers: int, at: float) -> Iterator[Any]:
     return plain(Small(folder), "small", workers, at)
 
 
 @reads("tokens", "fairexp")
-def _(folder: Path, workers: int, at: float) -> tuple[Iterator[Any], int]:
+def _(folder: Path, workers: int, at: float) -> Iterator[Any]:
     from fairexp.datasets.tokens import Tokens
 
     return fairexp(Tokens(folder / "shards", "train", SEQ_LEN), "tokens", workers, at)
 
 
 @reads("tokens", "DataLoader")
-def _(folder: Path, workers: int, at: float) -> tuple[Iterator[Any], int]:
+def _(folder: Path, workers: int, at: float) -> Iterator[Any]:
     return plain(Rows(folder / "tokens.bin"), "tokens", workers, at)
 
 
 @reads("tokens", "litdata")
-def _(folder: Path, workers: int, at: float) -> tuple[Iterator[Any], int]:
+def _(folder: Path, workers: int, at: float) -> Iterator[Any]:
     from litdata import StreamingDataLoader, StreamingDataset
     from litdata.streaming.item_loader import TokensLoader
 
@@ -156,15 +156,16 @@ def _(folder: Path, workers: int, at: float) -> tuple[Iterator[Any], int]:
 
     dataset = Inputs(str(folder / "litdata"), shuffle=True, item_loader=TokensLoader(SEQ_LEN + 1))
     loader = StreamingDataLoader(dataset, batch_size=BATCH["tokens"], num_workers=workers)
-    return itertools.islice(forever(loader), int(at * len(loader)), None), len(loader)
+    return forever(loader, int(at * len(loader)))
 
 
 @reads("tokens", "streaming")
-def _(folder: Path, workers: int, at: float) -> tuple[Iterator[Any], int]:
+def _(folder: Path, workers: int, at: float) -> Iterator[Any]:
     return mosaic(folder, "tokens", workers, at, lambda sample: inputs(sample["tokens"]))
 
 
-def mosaic(folder: Path, source: str, workers: int, at: float, made: Callable[[Any], Any]) -> tuple[Iterator[Any], int]:
+def mosaic(folder: Path, source: str, workers: int, at: float, made: Callable[[Any], Any]) -> Iterator[Any]:
+    """mosaicml-streaming's batches of what `made` makes of its samples."""
     from streaming import StreamingDataset
     from streaming.base.util import clean_stale_shared_memory
     from torch.utils.data import DataLoader
@@ -178,18 +179,18 @@ def mosaic(folder: Path, source: str, workers: int, at: float, made: Callable[[A
     size = BATCH[source]
     dataset = Made(local=str(folder / "mds"), shuffle=True, batch_size=size)
     loader: DataLoader[Any] = DataLoader(dataset, size, num_workers=workers, drop_last=True)
-    return itertools.islice(forever(loader), int(at * len(dataset) / size), None), len(dataset) // size
+    return forever(loader, int(at * len(dataset) / size))
 
 
 @reads("images", "fairexp")
-def _(folder: Path, workers: int, at: float) -> tuple[Iterator[Any], int]:
+def _(folder: Path, workers: int, at: float) -> Iterator[Any]:
     from fairexp.datasets.tar_shards import TarImages
 
     return fairexp(TarImages(folder / "tar", "*.tar", "cls", SIZE, NUM_CLASSES, False), "images", workers, at)
 
 
 @reads("images", "DataLoader")
-def _(folder: Path, workers: int, at: float) -> tuple[Iterator[Any], int]:
+def _(folder: Path, workers: int, at: float) -> Iterator[Any]:
     """Over one file an image."""
     from fairexp.datasets.image_folder import ImageFolder
 
@@ -197,7 +198,7 @@ def _(folder: Path, workers: int, at: float) -> tuple[Iterator[Any], int]:
 
 
 @reads("images", "webdataset")
-def _(folder: Path, workers: int, at: float) -> tuple[Iterator[Any], int]:
+def _(folder: Path, workers: int, at: float) -> Iterator[Any]:
     import webdataset
     from torch.utils.data import DataLoader
 
@@ -209,17 +210,16 @@ def _(folder: Path, workers: int, at: float) -> tuple[Iterator[Any], int]:
         .map(lambda sample: decoded(sample[0], int(sample[1])))
     )
     count = json.loads((folder / "count.json").read_text()) // BATCH["images"]
-    batches = forever(DataLoader(dataset, BATCH["images"], num_workers=workers, drop_last=True))
-    return itertools.islice(batches, int(at * count), None), count
+    return forever(DataLoader(dataset, BATCH["images"], num_workers=workers, drop_last=True), int(at * count))
 
 
 @reads("images", "streaming")
-def _(folder: Path, workers: int, at: float) -> tuple[Iterator[Any], int]:
+def _(folder: Path, workers: int, at: float) -> Iterator[Any]:
     return mosaic(folder, "images", workers, at, lambda sample: decoded(sample["jpg"], sample["cls"]))
 
 
 @reads("images", "litdata")
-def _(folder: Path, workers: int, at: float) -> tuple[Iterator[Any], int]:
+def _(folder: Path, workers: int, at: float) -> Iterator[Any]:
     from litdata import StreamingDataLoader, StreamingDataset
 
     class Decoded(StreamingDataset):
@@ -229,28 +229,28 @@ def _(folder: Path, workers: int, at: float) -> tuple[Iterator[Any], int]:
 
     dataset = Decoded(str(folder / "litdata"), shuffle=True)
     loader = StreamingDataLoader(dataset, batch_size=BATCH["images"], num_workers=workers)
-    return itertools.islice(forever(loader), int(at * len(loader)), None), len(loader)
+    return forever(loader, int(at * len(loader)))
 
 
 COLUMNS = {"id": "id", "values": "values"}
 
 
 @reads("rows", "fairexp")
-def _(folder: Path, workers: int, at: float) -> tuple[Iterator[Any], int]:
+def _(folder: Path, workers: int, at: float) -> Iterator[Any]:
     from fairexp.datasets.parquet import ParquetRows
 
     return fairexp(ParquetRows(folder, "*.parquet", COLUMNS, window=8), "rows", workers, at)
 
 
 @reads("rows", "fairexp, saved")
-def _(folder: Path, workers: int, at: float) -> tuple[Iterator[Any], int]:
+def _(folder: Path, workers: int, at: float) -> Iterator[Any]:
     from fairexp.datasets.huggingface import HuggingFaceRows
 
     return fairexp(HuggingFaceRows(folder / "saved", None, None, COLUMNS), "rows", workers, at)
 
 
 @reads("rows", "DataLoader")
-def _(folder: Path, workers: int, at: float) -> tuple[Iterator[Any], int]:
+def _(folder: Path, workers: int, at: float) -> Iterator[Any]:
     """Over the same rows as Hugging Face's datasets give them."""
     import datasets
 
@@ -259,6 +259,7 @@ def _(folder: Path, workers: int, at: float) -> tuple[Iterator[Any], int]:
 
 
 def main() -> int:
+    """Reads for so many seconds, and says how fast."""
     folder, source, reader, workers, at, seconds = sys.argv[1:]
     import torch
 
@@ -269,7 +270,7 @@ def main() -> int:
 
     began = time.perf_counter()
     try:
-        batches, per_epoch = READERS[source, reader](Path(folder), int(workers), float(at))
+        batches = READERS[source, reader](Path(folder), int(workers), float(at))
     except ImportError as error:
         print(json.dumps({"missing": f"{error.name}"}))
         return 0
@@ -280,7 +281,7 @@ def main() -> int:
         next(batches)
         count += 1
     rate = count * BATCH[source] / lasted if count else 0.0
-    print(json.dumps({"first_s": first_s, "samples_per_s": rate, "batches": count, "per_epoch": per_epoch}))
+    print(json.dumps({"first_s": first_s, "samples_per_s": rate}))
     sys.stdout.flush()
     # not through a peer's exit handlers, some of which wait
     os._exit(0)
