@@ -108,6 +108,23 @@ def test_a_rows_documents_are_those_of_its_tokens(root: Path, stream: Tensor) ->
     assert batch["documents"].max() >= 2
 
 
+def test_documents_are_found_whatever_their_lengths_empty_ones_too(root: Path, stream: Tensor, tmp_path: Path) -> None:
+    splits, chance = json.loads((root / "meta.json").read_text())["splits"], np.random.default_rng(0)
+    for trial, seq_len in enumerate([1, 2, 7, L, 99, 100, 101, 250, 5000]):
+        cuts = chance.integers(0, len(stream), chance.integers(0, 2 * len(stream)))  # alike, where a document is empty
+        ends = np.sort(np.append(cuts, len(stream))).astype("<u8")
+        train = splits["train"] | {"documents": len(ends)}
+        copy = damaged(root, tmp_path / str(trial), splits=splits | {"train": train})
+        ends.tofile(copy / "train_documents.bin")
+        rows = Tokens(copy, "train", seq_len, mask_documents=True)
+        numbers = chance.integers(0, len(rows), 40)
+        numbers[0] = len(rows) - 1
+        of_place = np.searchsorted(ends, numbers[:, None] * seq_len + np.arange(seq_len), "right")
+        found = rows.__getitems__(torch.from_numpy(numbers))["documents"]
+        assert found.dtype == torch.int32
+        assert found.tolist() == (of_place - of_place[:, :1]).tolist()
+
+
 def test_few_shards_are_open_at_once(root: Path, stream: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fairexp.datasets.tokens.MOST_MAPS", 2)
     rows = Tokens(root, "train", L)
@@ -200,6 +217,16 @@ def test_a_token_that_cannot_be_and_a_changed_byte_are_found(root: Path, tmp_pat
         rows.__getitems__(torch.arange(len(rows)))
     with pytest.raises(ValueError, match=r"train_00001\.bin: damaged: its digest differs"):
         rows.verify()
+
+
+def test_documents_that_do_not_end_one_after_the_other_are_told(root: Path, tmp_path: Path) -> None:
+    copy = damaged(root, tmp_path / "copy")
+    ends = np.fromfile(copy / "train_documents.bin", "<u8")
+    for bad in (ends[::-1], np.where(np.arange(60) == 30, 2**63, ends)):
+        bad.astype("<u8").tofile(copy / "train_documents.bin")
+        rows = Tokens(copy, "train", 250, mask_documents=True)
+        with pytest.raises(ValueError, match=r"train_documents\.bin: damaged: its documents don't end one after"):
+            rows.__getitems__(torch.arange(len(rows)))
 
 
 # Mixtures

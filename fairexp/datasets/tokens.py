@@ -119,7 +119,7 @@ class Tokens:
         targets[beyond[:, 1:]] = NOT_COUNTED
         batch = {"tokens": torch.from_numpy(tokens), "targets": torch.from_numpy(targets)}
         if self.pack == "stream" and self.mask_documents:
-            batch["documents"] = torch.from_numpy(self.documents_at(places[:, :-1]))
+            batch["documents"] = torch.from_numpy(self.documents_at(begins, length))
         if self.token_bytes is not None:
             counted = np.where(targets == NOT_COUNTED, self.end, targets)
             batch["num_bytes"] = torch.from_numpy(self.token_bytes[counted].sum(1))
@@ -180,10 +180,21 @@ class Tokens:
         state = {key: value for key, value in self.__dict__.items() if key != "document_ends"}
         return state | {"maps": OrderedDict()}
 
-    def documents_at(self, places: np.ndarray) -> np.ndarray:
-        """Which document each place is of, counted from 0 in each row."""
-        found = np.searchsorted(self.document_ends, places.astype(np.uint64).ravel(), "right").reshape(places.shape)
-        return (found - found[:, :1]).astype(np.int32)
+    def documents_at(self, begins: np.ndarray, length: int) -> np.ndarray:
+        """Which document each of the `length` places from these on is of, counted from 0 in each row, int32.
+
+        Only a row's first and last place are searched among all ends, of which there may be a thousand million; what lies
+        between them is counted up."""
+        edges = np.stack([begins, begins + length - 1]).astype(np.uint64)
+        first, last = np.searchsorted(self.document_ends, edges, "right")
+        counts = np.maximum(last - first, 0)
+        rows = np.repeat(np.arange(len(begins)), counts)
+        numbers = np.arange(len(rows)) + np.repeat(first - (np.cumsum(counts) - counts), counts)
+        at = self.document_ends[numbers].astype(np.int64) - begins[rows]
+        if (last < first).any() or ((at <= 0) | (at >= length)).any():
+            raise ValueError(f"{self.index_file}: damaged: its documents don't end one after the other")
+        steps = np.bincount(rows * length + at, minlength=len(begins) * length)
+        return steps.reshape(-1, length).cumsum(1, dtype=np.int32)
 
     def verify(self) -> None:
         """Reads every byte. ValueError: a file isn't what was written."""
