@@ -1,6 +1,8 @@
 """Token shards as sequences: each token once, documents apart; mixtures exact at every sample; the order of very many samples."""
 
+import ctypes
 import json
+import mmap
 import os
 import pickle
 import random
@@ -143,6 +145,60 @@ def test_it_goes_to_another_process_without_what_is_mapped(root: Path) -> None:
     assert "document_ends" not in vars(copy)
     after = copy.__getitems__([3, 4])
     assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def resident(path: Path) -> np.ndarray:
+    """Whether each page of the file is in memory."""
+    pages = np.zeros(-(-path.stat().st_size // mmap.PAGESIZE), np.uint8)
+    mapped = np.memmap(path, np.uint8, "r")
+    there = ctypes.c_void_p(mapped.ctypes.data), ctypes.c_size_t(len(mapped)), ctypes.c_void_p(pages.ctypes.data)
+    assert ctypes.CDLL(None).mincore(*there) == 0
+    return (pages & 1).astype(bool)
+
+
+def drop(path: Path) -> None:
+    """Its pages leave memory, or the test is skipped: a file system in memory keeps them."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if resident(path).any():
+        pytest.skip("this file system doesn't drop what it holds in memory")
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="no way to drop a file from memory")
+def test_rows_on_a_disk_are_asked_for_all_at_once_and_rows_in_memory_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.txt").write_text("abcdefg\n" * 500_000)
+    flags = ["--out", str(tmp_path / "out"), "--split-on", "\n", "--valid", "0", "--shard-tokens", "3000000"]
+    assert cli.main(["prep", str(tmp_path / "a.txt"), *flags, "--workers", "1"]) == 0
+    seq_len, numbers = 1000, torch.arange(3, 3990, 400)
+    expected = Tokens(tmp_path / "out", "train", seq_len).__getitems__(numbers)
+    first, second = (tmp_path / "out" / f"train_0000{number}.bin" for number in (0, 1))
+    drop(first)
+    drop(second)
+    asked: list[tuple[np.ndarray, np.ndarray]] = []
+    ask_for = Tokens.ask_for
+
+    def noted(self: Tokens, *words: Any) -> None:
+        ask_for(self, *words)
+        asked.append((resident(first), resident(second)))
+
+    monkeypatch.setattr(Tokens, "ask_for", noted)
+    rows = Tokens(tmp_path / "out", "train", seq_len)
+    got = rows.__getitems__(numbers)
+    assert all(torch.equal(got[key], expected[key]) for key in got)
+    ((begun, also_begun),) = asked
+    begins = numbers.numpy() * seq_len * 2
+    for file, mine in ((begun, begins[begins < 6e6]), (also_begun, begins[begins >= 6e6] - 6_000_000)):
+        wanted = np.zeros(len(file), bool)
+        for begin in mine:
+            wanted[begin // mmap.PAGESIZE : (begin + 2 * seq_len + 1) // mmap.PAGESIZE + 1] = True
+        assert wanted.any()
+        assert file.tolist() == wanted.tolist(), "these rows' pages, and no others"
+    for _ in range(5):  # what a process reads elsewhere has it ask once more, and no longer
+        rows.__getitems__(numbers)
+    assert len(asked) < 4
 
 
 # Document by document
