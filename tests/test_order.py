@@ -122,6 +122,12 @@ def tokens(root: Path) -> Any:
     return Tokens(shards(root, "t"), "train", seq_len=12, mask_documents=True)
 
 
+def token_windows(root: Path) -> Any:
+    data = Tokens(shards(root, "t"), "train", seq_len=12, mask_documents=True, window=3)
+    data.block = 5
+    return data
+
+
 def token_documents(root: Path) -> Any:
     return Tokens(shards(root, "t"), "train", seq_len=12, pack="documents")
 
@@ -134,6 +140,7 @@ def token_mixture(root: Path) -> Any:
 SOURCES: list[Callable[[Path], Any]] = [
     digits,
     tokens,
+    token_windows,
     token_documents,
     token_mixture,
     image_folder,

@@ -8,6 +8,7 @@ import pickle
 import random
 import string
 import time
+import tracemalloc
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
@@ -24,6 +25,7 @@ from fairexp.config.rundir import RunDir
 from fairexp.datasets.mixture import Mixture, periods, schedule
 from fairexp.datasets.permutation import permuted
 from fairexp.datasets.tokens import Tokens
+from fairexp.datasets.windows import WindowOrder
 from fairexp.runtime import order as runtime_order
 from fairexp.runtime.bad_samples import BadSamples
 from fairexp.runtime.build import Run, build
@@ -165,40 +167,70 @@ def drop(path: Path) -> None:
         pytest.skip("this file system doesn't drop what it holds in memory")
 
 
-@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="no way to drop a file from memory")
-def test_rows_on_a_disk_are_asked_for_all_at_once_and_rows_in_memory_are_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "a.txt").write_text("abcdefg\n" * 500_000)
+SEQ_LEN = 1000
+
+
+@pytest.fixture
+def on_disk(tmp_path: Path) -> tuple[Path, list[Path]]:
+    """Token shards that aren't in memory, and the two files: 3,000,000 and 1,000,000 tokens."""
+    (tmp_path / "a.txt").write_text(f"{'a' * 79}\n" * 50_000)
     flags = ["--out", str(tmp_path / "out"), "--split-on", "\n", "--valid", "0", "--shard-tokens", "3000000"]
     assert cli.main(["prep", str(tmp_path / "a.txt"), *flags, "--workers", "1"]) == 0
-    seq_len, numbers = 1000, torch.arange(3, 3990, 400)
-    expected = Tokens(tmp_path / "out", "train", seq_len).__getitems__(numbers)
-    first, second = (tmp_path / "out" / f"train_0000{number}.bin" for number in (0, 1))
-    drop(first)
-    drop(second)
-    asked: list[tuple[np.ndarray, np.ndarray]] = []
-    ask_for = Tokens.ask_for
+    files = [tmp_path / "out" / f"train_0000{number}.bin" for number in (0, 1)]
+    for file in files:
+        drop(file)
+    return tmp_path / "out", files
+
+
+def only_these_come(files: list[Path], begins: list[int], size: int) -> bool:
+    """Whether within 5 s the pages of so many bytes from these places of both files on are in memory, and no others."""
+    wanted = [np.zeros(len(resident(file)), bool) for file in files]
+    for begin in begins:
+        number, at = divmod(begin, 6_000_000)
+        wanted[number][at // mmap.PAGESIZE : (at + size - 1) // mmap.PAGESIZE + 1] = True
+    until = time.monotonic() + 5
+    while time.monotonic() < until:
+        if all((resident(file) == pages).all() for file, pages in zip(files, wanted, strict=True)):
+            return True
+    return False
+
+
+def test_rows_on_a_disk_are_asked_for_all_at_once_and_rows_in_memory_are_not(
+    on_disk: tuple[Path, list[Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, files = on_disk
+    asked, ask_for, numbers = [], Tokens.ask_for, torch.arange(3, 3990, 400)
 
     def noted(self: Tokens, *words: Any) -> None:
         ask_for(self, *words)
-        asked.append((resident(first), resident(second)))
+        begins = (2 * SEQ_LEN * numbers).tolist()
+        asked.append(only_these_come(files, begins, 2 * SEQ_LEN + 2))
 
     monkeypatch.setattr(Tokens, "ask_for", noted)
-    rows = Tokens(tmp_path / "out", "train", seq_len)
-    got = rows.__getitems__(numbers)
-    assert all(torch.equal(got[key], expected[key]) for key in got)
-    ((begun, also_begun),) = asked
-    begins = numbers.numpy() * seq_len * 2
-    for file, mine in ((begun, begins[begins < 6e6]), (also_begun, begins[begins >= 6e6] - 6_000_000)):
-        wanted = np.zeros(len(file), bool)
-        for begin in mine:
-            wanted[begin // mmap.PAGESIZE : (begin + 2 * seq_len + 1) // mmap.PAGESIZE + 1] = True
-        assert wanted.any()
-        assert file.tolist() == wanted.tolist(), "these rows' pages, and no others"
+    rows = Tokens(root, "train", SEQ_LEN)
+    batch = rows.__getitems__(numbers)
+    assert asked == [True]
+    monkeypatch.setattr(Tokens, "ask_for", lambda self, *words: asked.append(True))
     for _ in range(5):  # what a process reads elsewhere has it ask once more, and no longer
-        rows.__getitems__(numbers)
+        again = rows.__getitems__(numbers)
+    assert all(torch.equal(batch[key], again[key]) for key in batch)
     assert len(asked) < 4
+
+
+@pytest.mark.parametrize("pack", ["stream", "documents"])
+def test_who_looks_at_an_order_by_windows_has_its_blocks_read_and_those_of_the_next(
+    on_disk: tuple[Path, list[Path]], pack: Any
+) -> None:
+    root, files = on_disk
+    rows = Tokens(root, "train", SEQ_LEN, pack=pack, window=2)
+    rows.block //= 16  # 64 KiB
+    order = rows.permutation(torch.Generator().manual_seed(1))
+    assert order is not None
+    order[5:6]
+    firsts = [*order.begins(0), *order.begins(1)]
+    assert len(firsts) == 4
+    row_bytes = 2 * SEQ_LEN if pack == "stream" else 2 * 80
+    assert only_these_come(files, [int(first) * row_bytes for first in firsts], rows.block * row_bytes)
 
 
 # Document by document
@@ -492,6 +524,70 @@ def test_a_resume_at_step_100_000_of_a_billion_samples_costs_what_one_at_10_does
     seconds(0)
     early, late = min(seconds(10) for _ in range(5)), min(seconds(100_000) for _ in range(5))
     assert late < 3 * early < 3
+
+
+@pytest.mark.parametrize("window", [1, 2, 7, 1000])
+@pytest.mark.parametrize("block", [1, 5, 64])
+@pytest.mark.parametrize("length", [1, 2, 4, 5, 63, 64, 65, 1000])
+def test_an_order_by_windows_has_each_row_once_and_so_many_blocks_at_a_time(
+    length: int, block: int, window: int
+) -> None:
+    def order(seed: int) -> WindowOrder:
+        return WindowOrder(length, block, window, torch.Generator().manual_seed(seed))
+
+    whole = order(0)[:].tolist()
+    assert sorted(whole) == list(range(length))
+    assert len(order(0)) == length
+    for begin in {0, length // 3, length - 1}:  # none has looked at what is before
+        assert order(0)[begin : begin + 3 * block].tolist() == whole[begin : begin + 3 * block]
+    assert order(0)[length // 2 : length // 2].tolist() == []
+    for first in range(0, length, block * window):
+        rows = set(whole[first : first + block * window])
+        assert sum((row - 1) % length not in rows for row in rows) <= window, "more blocks than a window has"
+    if length >= 1000:
+        others = [order(seed)[:].tolist() for seed in (1, 2)]
+        assert all(np.equal(whole, other).mean() < 0.1 for other in others), "the epochs are alike"
+        if length % block:
+            rests = {tuple(sorted(each[-(length % block) :])) for each in (whole, *others)}
+            assert len(rests) == 3, "the same rows are the rest each time"
+        if 1 < block < length / window:
+            steps = np.abs(np.diff(whole[: block * window]))
+            assert (steps == 1).mean() < 0.3, "a window's rows aren't shuffled"
+        if length > 10 * (size := block * window) > 40:
+            windows = np.array(whole[: length // size * size]).reshape(-1, size)
+            steps = np.diff(windows.min(1))
+            assert (abs(steps) <= size).mean() < 0.5, "the blocks aren't shuffled"
+            assert len(np.unique(windows.argsort(1), axis=0)) > 10, "the windows are shuffled alike"
+
+
+def test_an_order_by_windows_of_a_million_million_rows_needs_a_windows_memory() -> None:
+    tracemalloc.start()
+    order = WindowOrder(10**12, 512, 64, torch.Generator().manual_seed(0))
+    for begin in (0, 5 * 10**11 + 7, 10**12 - 1000):
+        assert len(order[begin : begin + 1000].unique()) == 1000
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 8 << 20
+
+
+def test_a_window_is_the_training_order_and_no_window_changes_nothing(root: Path) -> None:
+    def epoch(number: int, **flags: Any) -> list[int]:
+        rows = Tokens(root, "train", L, **flags)
+        rows.block = 4
+        return TrainingOrder(len(rows), 8, 8, HERE, 0, dataset=rows).permutation(number)[:].tolist()
+
+    length = len(Tokens(root, "train", L))
+    plain = TrainingOrder(length, 8, 8, HERE, 0).permutation(0)[:].tolist()
+    assert epoch(0) == plain
+    assert epoch(0, window=2) != plain
+    assert sorted(epoch(0, window=2)) == list(range(length))
+    assert epoch(0, window=2) != epoch(1, window=2)
+    assert len({row // 4 for row in epoch(0, window=1)[:4]}) <= 2
+    for pack, row_bytes in (("stream", 2 * L), ("documents", 2 * (1 + sum(LENGTHS) / len(LENGTHS)))):
+        block = Tokens(root, "train", L, pack=pack).block  # type: ignore[arg-type]
+        assert block * row_bytes == pytest.approx(1 << 20, rel=0.02)
+    with pytest.raises(ValueError, match="window=0: takes 1 or more blocks, or null"):
+        Tokens(root, "train", L, window=0)
 
 
 def test_without_a_shuffle_the_samples_come_as_they_are() -> None:

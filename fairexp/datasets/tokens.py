@@ -11,10 +11,15 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
+
+from fairexp.datasets.windows import WindowOrder
 
 FORMAT = 1
 NOT_COUNTED = -100
+# of neighbouring rows in an order by windows: a disk that seeks for 8 ms gives a MiB in about as long, and of 64 blocks there is
+# one for each row of a batch of 32 and more
+BLOCK_BYTES = 1 << 20
 MOST_MAPS = 256  # shards that are open at once: each holds a file descriptor
 
 
@@ -27,6 +32,9 @@ class Tokens:
     each token is of, for attention that doesn't look into another one.
     `pack="documents"`: sample i is document i from its beginning, behind an end token; what doesn't fit is cut off, and
     targets behind its end are not counted (-100).
+
+    `window`: the training order isn't one of all rows but takes blocks of neighbours, 1 MiB each, and mixes the rows of so many
+    at a time (`WindowOrder`), for what doesn't fit in memory. Who looks at it has the kernel read the blocks ahead.
 
     `vocab_size` and `tokenizer` (bytes, or the digest of its tokenizer.json), where given, are what the set must have. A
     ValueError says what is wrong with the files; opening looks at meta.json and sizes, `verify` reads every byte.
@@ -41,13 +49,17 @@ class Tokens:
         pack: Literal["stream", "documents"] = "stream",
         vocab_size: int | None = None,
         tokenizer: str | None = None,
+        window: int | None = None,
     ) -> None:
         if pack not in ("stream", "documents"):
             raise ValueError(f"pack={pack!r}: takes stream or documents")
         if seq_len < 1:
             raise ValueError(f"seq_len={seq_len}: takes a number of tokens >= 1")
+        if window is not None and window < 1:
+            raise ValueError(f"window={window}: takes 1 or more blocks, or null to shuffle all rows")
         self.root = Path(root).expanduser()
         self.split, self.seq_len, self.mask_documents, self.pack = split, seq_len, mask_documents, pack
+        self.window = window
         meta = read_meta(self.root)
         if split not in meta["splits"]:
             raise ValueError(f"split={split!r}: {self.root} has {' and '.join(meta['splits'])}")
@@ -70,6 +82,7 @@ class Tokens:
         self.ends = np.cumsum([shard["tokens"] for shard in facts["shards"]])  # of the shards, in the stream
         for file, shard in zip(self.files, facts["shards"], strict=True):
             check_size(file, shard["tokens"] * self.dtype.itemsize)
+        self.block = max(1, BLOCK_BYTES * len(self) // (self.num_tokens * self.dtype.itemsize))  # rows
         self.digests = {shard["file"]: shard["sha256"] for shard in [*facts["shards"], facts["index"]]}
         self.index_file = self.root / facts["index"]["file"]
         check_size(self.index_file, self.num_documents * 8)
@@ -95,6 +108,17 @@ class Tokens:
     def __len__(self) -> int:
         return self.num_documents if self.pack == "documents" else -(-(self.num_tokens - 1) // self.seq_len)
 
+    def permutation(self, generator: Generator) -> WindowOrder | None:
+        """The training order with a window; none of its own without."""
+        if self.window is None:
+            return None
+        return WindowOrder(len(self), self.block, self.window, generator, self.ask_for_blocks)
+
+    def ask_for_blocks(self, firsts: np.ndarray) -> None:
+        """Has the kernel begin to read the blocks of these first rows."""
+        begins, ends = self.begins(firsts), self.begins(np.minimum(firsts + self.block, len(self)))
+        self.ask_for(begins, ends - begins)
+
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return {key: value[0] for key, value in self.__getitems__([index]).items()}
 
@@ -105,14 +129,14 @@ class Tokens:
         length = self.seq_len
         if self.pack == "documents":
             ends = self.document_ends[numbers].astype(np.int64)
-            begins = np.where(numbers > 0, self.document_ends[np.maximum(numbers, 1) - 1].astype(np.int64), 0)
+            begins = self.begins(numbers)
             # from the token before: the end of the document before this one, which is what a model is to begin with
             rows = self.gather(begins - 1, length + 1)
             rows[:, 0] = self.end
             places = begins[:, None] - 1 + np.arange(length + 1)
             ends = ends[:, None]
         else:
-            begins = numbers * length
+            begins = self.begins(numbers)
             rows = self.gather(begins, length + 1)
             places = begins[:, None] + np.arange(length + 1)
             ends = np.full((len(numbers), 1), self.num_tokens)
@@ -128,13 +152,19 @@ class Tokens:
             batch["num_bytes"] = torch.from_numpy(self.token_bytes[counted].sum(1))
         return batch
 
+    def begins(self, numbers: np.ndarray) -> np.ndarray:
+        """Where these samples begin in the stream."""
+        if self.pack == "stream":
+            return numbers * self.seq_len
+        return np.where(numbers > 0, self.document_ends[np.maximum(numbers, 1) - 1].astype(np.int64), 0)
+
     def gather(self, begins: np.ndarray, length: int) -> np.ndarray:
         """Rows of tokens from these places of the stream on, int64; what lies outside of it is 0."""
         rows = np.zeros((len(begins), length), np.int64)
         shards = np.searchsorted(self.ends, np.maximum(begins, 0), "right")
         if (reads := disk_reads()) != self.reads:
             self.reads = reads
-            self.ask_for(shards, begins, length)
+            self.ask_for(begins, np.full(len(begins), length))
         for shard in np.unique(shards).tolist():
             if shard == len(self.files):
                 continue
@@ -154,14 +184,16 @@ class Tokens:
             )
         return rows
 
-    def ask_for(self, shards: np.ndarray, begins: np.ndarray, length: int) -> None:
-        """Has the kernel begin to read these rows, all at once: faults would wait for the disk row by row, and each read around
-        itself what the disk's read_ahead_kb says, 128 KiB to 8 MiB. It takes 2 us a row, so `gather` asks only where
-        something has been read since it last did. Of a row in two shards, the first part."""
-        for number, begin in zip(shards.tolist(), begins.tolist(), strict=True):
+    def ask_for(self, begins: np.ndarray, lengths: np.ndarray) -> None:
+        """Has the kernel begin to read so many tokens from each of these places on, all at once: faults would wait for the disk
+        row by row, and each read around itself what the disk's read_ahead_kb says, 128 KiB to 8 MiB. It takes 2 us a row, so
+        `gather` asks only where something has been read since it last did. Of what lies in two shards, the first part."""
+        begins = np.maximum(begins, 0)
+        shards = np.searchsorted(self.ends, begins, "right")
+        for number, begin, length in zip(shards.tolist(), begins.tolist(), lengths.tolist(), strict=True):
             if number < len(self.files):
                 tokens = self.shard(number)
-                at = (max(begin, 0) - (int(self.ends[number]) - len(tokens))) * tokens.itemsize
+                at = (begin - (int(self.ends[number]) - len(tokens))) * tokens.itemsize
                 page = at - at % mmap.PAGESIZE
                 self.maps[number][1].madvise(mmap.MADV_WILLNEED, page, at + length * tokens.itemsize - page)
 

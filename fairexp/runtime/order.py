@@ -23,11 +23,20 @@ from fairexp.runtime.init import seed_of
 MOST_IN_MEMORY = 1 << 24
 
 
+class Order(Protocol):
+    """A sample's index for each place of an epoch."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, places: slice) -> Tensor: ...
+
+
 @runtime_checkable
 class ShuffledDataset(Protocol):
-    """A data set that shuffles itself, since some orders are cheaper to read: a permutation of its indices, of the generator."""
+    """A data set that shuffles itself, since some orders are cheaper to read: a permutation of its indices, of the generator, in
+    memory or computed slice by slice; None, where it would have any."""
 
-    def permutation(self, generator: torch.Generator) -> Tensor: ...
+    def permutation(self, generator: torch.Generator) -> Order | None: ...
 
 
 class Part(NamedTuple):
@@ -41,12 +50,6 @@ class Part(NamedTuple):
     step: int = 0  # the optimizer step that takes it, counted from one; 0: an evaluation
 
 
-class Order(Protocol):
-    """A sample's index for each place of an epoch."""
-
-    def __getitem__(self, places: slice) -> Tensor: ...
-
-
 class Computed:
     """An order of the samples from `first` on, of any length in no memory: computed where it is looked at, some ten thousand
     places at once. Without a seed the samples stand as they are."""
@@ -57,6 +60,9 @@ class Computed:
         self.seed = seed
         self.chunk = -1  # the number of the one that is at hand
         self.indices = torch.empty(0, dtype=torch.int64)
+
+    def __len__(self) -> int:
+        return self.length
 
     def __getitem__(self, places: slice) -> Tensor:
         begin, end = places.start or 0, min(self.length if places.stop is None else places.stop, self.length)
@@ -124,17 +130,19 @@ class TrainingOrder:
 
     def permutation(self, epoch: int) -> Order:
         """The epoch's order."""
-        first = epoch * self.length if self.endless else 0
-        if not self.shuffle or (self.shuffled is None and self.length > MOST_IN_MEMORY):
-            return Computed(self.length, seed_of(self.seed, "order", epoch) if self.shuffle else None, first)
-        generator = torch.Generator().manual_seed(seed_of(self.seed, "order", epoch))
-        if self.shuffled is None:
+        first, seed = epoch * self.length if self.endless else 0, seed_of(self.seed, "order", epoch)
+        if not self.shuffle:
+            return Computed(self.length, None, first)
+        generator = torch.Generator().manual_seed(seed)
+        own = self.shuffled.permutation(generator) if self.shuffled else None
+        if own is None and self.length > MOST_IN_MEMORY:
+            return Computed(self.length, seed, first)
+        if own is None:
             return first + torch.randperm(self.length, generator=generator)
-        order = self.shuffled.permutation(generator)
-        if len(order) != self.length:
+        if len(own) != self.length:
             what = type(self.shuffled).__qualname__
-            raise RunError(f"dataset.train: {what}.permutation gave {len(order):,} of {self.length:,} samples")
-        return order
+            raise RunError(f"dataset.train: {what}.permutation gave {len(own):,} of {self.length:,} samples")
+        return own
 
     def batch_of(self, step: int) -> int:
         """The number of the global batch that the step takes, both from 0: the step-th of those that aren't left out."""
