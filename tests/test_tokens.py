@@ -312,6 +312,9 @@ def test_documents_that_do_not_end_one_after_the_other_are_told(root: Path, tmp_
     ends = np.fromfile(copy / "train_documents.bin", "<u8")
     for bad in (ends[::-1], np.where(np.arange(60) == 30, 2**63, ends)):
         bad.astype("<u8").tofile(copy / "train_documents.bin")
+        by_windows = Tokens(copy, "train", L, pack="documents", window=2)
+        by_windows.block = 4
+        by_windows.ask_for_blocks(np.arange(60))  # which is no place to find that out
         rows = Tokens(copy, "train", 250, mask_documents=True)
         with pytest.raises(ValueError, match=r"train_documents\.bin: damaged: its documents don't end one after"):
             rows.__getitems__(torch.arange(len(rows)))

@@ -117,7 +117,7 @@ class Tokens:
     def ask_for_blocks(self, firsts: np.ndarray) -> None:
         """Has the kernel begin to read the blocks of these first rows."""
         begins, ends = self.begins(firsts), self.begins(np.minimum(firsts + self.block, len(self)))
-        self.ask_for(begins, ends - begins)
+        self.ask_for(begins, np.clip(ends - begins, 0, self.num_tokens))  # an index may be damaged
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return {key: value[0] for key, value in self.__getitems__([index]).items()}
@@ -126,17 +126,15 @@ class Tokens:
         numbers = np.asarray(indices, dtype=np.int64)
         if len(numbers) and not 0 <= numbers.min() <= numbers.max() < len(self):
             raise IndexError(f"sample {numbers.max()} of {len(self)}")
-        length = self.seq_len
+        length, begins = self.seq_len, self.begins(numbers)
         if self.pack == "documents":
             ends = self.document_ends[numbers].astype(np.int64)
-            begins = self.begins(numbers)
             # from the token before: the end of the document before this one, which is what a model is to begin with
             rows = self.gather(begins - 1, length + 1)
             rows[:, 0] = self.end
             places = begins[:, None] - 1 + np.arange(length + 1)
             ends = ends[:, None]
         else:
-            begins = self.begins(numbers)
             rows = self.gather(begins, length + 1)
             places = begins[:, None] + np.arange(length + 1)
             ends = np.full((len(numbers), 1), self.num_tokens)
@@ -232,10 +230,8 @@ class Tokens:
         return state | {"maps": OrderedDict()}
 
     def documents_at(self, begins: np.ndarray, length: int) -> np.ndarray:
-        """Which document each of the `length` places from these on is of, counted from 0 in each row, int32.
-
-        Only a row's first and last place are searched among all ends, of which there may be a thousand million; what lies
-        between them is counted up."""
+        """Which document each of so many places from these on is of, counted from 0 in each row, int32."""
+        # only a row's first and last place are searched among all ends, of which there may be a thousand million
         edges = np.stack([begins, begins + length - 1]).astype(np.uint64)
         first, last = np.searchsorted(self.document_ends, edges, "right")
         counts = np.maximum(last - first, 0)

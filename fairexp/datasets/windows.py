@@ -36,8 +36,8 @@ class WindowOrder:
     of `block` neighbours in random order, and the rows of each `window` blocks shuffled among themselves. A slice of it is
     int64.
 
-    The first block begins at a random row, and the last one, shorter than the others, is the last in the order: other rows
-    each time. `enters` is told the first rows of a window's blocks when the window is looked at, and of those of the next.
+    The first block begins at a random row, so the last one, which is in the last window and may be shorter, is other rows each
+    time. `enters` is told the first rows of a window's blocks when the window is looked at, and of those of the next.
     """
 
     def __init__(
