@@ -348,17 +348,21 @@ def _multiples(value: int, step: int) -> str:
 
 
 def folders(composed: Composed) -> Iterator[str]:
-    """A data folder, of one or several, that is missing or lacks what dataset.expects lists."""
+    """A data folder, of one or several, that is missing or lacks what dataset.expects lists. What is behind a URL, the run
+    itself looks up, if its data set reads URLs: of ours, that of Parquet files."""
     dataset = composed.config.get("dataset")
     if not isinstance(dataset, Mapping):
         return
+    train = dataset.get("train")
+    target = str(train.get("_target_")) if isinstance(train, Mapping) else ""
+    local = target.startswith("fairexp.datasets.") and not target.startswith("fairexp.datasets.parquet.")
     patterns = [str(pattern) for pattern in dataset.get("expects") or []]
     roots = dataset.get("roots")
     keys = {"root": dataset.get("root")} | {
         f"roots.{number}": root for number, root in enumerate(roots if isinstance(roots, list) else [])
     }
     for key, root in keys.items():
-        if isinstance(root, str):
+        if isinstance(root, str) and (local or "://" not in root):
             yield from _folder(composed, f"dataset.{key}", Path(root).expanduser().absolute(), patterns)
 
 
