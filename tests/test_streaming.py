@@ -352,6 +352,21 @@ def basic(login: str) -> str:
     return f"Basic {base64.b64encode(login.encode()).decode()}"
 
 
+@pytest.mark.parametrize(
+    "url", ["http://me:canary@127.0.0.1:1/x", "simplecache::https://canary@host/x", "'http://host/x?t=canary'"]
+)
+def test_a_secret_in_a_config_is_refused_before_there_is_a_run_folder(
+    fairexp: Fairexp, tmp_path: Path, url: str
+) -> None:
+    refused = fairexp("train", *SMALL, f"dataset.root={url}", f"runs_dir={tmp_path}/runs")
+    assert refused.returncode == 2
+    lines = refused.stderr.strip().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("fairexp: dataset.root (command line): a URL with a password or a '?'")
+    assert "canary" not in refused.stdout + refused.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_folder_is_still_looked_up_before_the_start(tmp_path: Path) -> None:
     for words, told in (
         ([*SMALL, "dataset.root=nosuch"], ["nosuch is no folder; expected there: train*.parquet, val*.parquet"]),

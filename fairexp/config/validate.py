@@ -31,6 +31,8 @@ TARGETS = ("model", "task", "optimizer", "schedule", "strategy", "tracker", "loo
 COUNTS = ("depth", "width", "hidden", "num_heads", "num_layers", "num_blocks", "num_classes", "num_samples")
 OURS = re.compile(r"(job[-_]name|array|output|error|wrap|parsable|requeue|no[-_]requeue|export.*|nodes|ntasks.*)")
 SECRET = re.compile(r".*(KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL).*", re.IGNORECASE)
+# a login before the host, or a query; a name alone isn't one: abfs://container@account.dfs.core.windows.net
+CREDENTIALS = re.compile(r"https?://[^/]*@|\w+://[^/@]*:[^/]*@|\w+://.*\?")
 RULES = "a list of {match: a parameter's name or glob, and an optimizer's argument such as lr: 1e-2}"
 RATES = {
     **dict.fromkeys(("lr", "weight_decay", "momentum", "eps", "mixup_alpha", "cutmix_alpha"), schema.Bound(0)),
@@ -48,6 +50,7 @@ def problems(composed: Composed, gpus: int, trusted: Collection[str], working_di
         *lengths(composed),
         *batches(composed, gpus),
         *folders(composed),
+        *credentials(composed),
         *weights(composed),
     ]
 
@@ -378,6 +381,28 @@ def _folder(composed: Composed, key: str, root: Path, patterns: list[str]) -> It
         yield f"{where}: {root} holds nothing of the data{layout}"
     else:
         yield f"{where}: {root} lacks {', '.join(absent)}{layout}"
+
+
+def credentials(composed: Composed) -> Iterator[str]:
+    """A data folder's URL with a password or a token in it: the config stands in the run folder."""
+    found: dict[str, str] = {}  # a URL and the first key that has it: the others refer to that one
+    for key, value in _named(composed.config.get("dataset"), "dataset", "root"):
+        if isinstance(value, str) and CREDENTIALS.search(value):
+            found.setdefault(value, key)
+    for key in found.values():
+        yield (
+            f"{composed.at(key)}: a URL with a password or a '?', which may hold a token, has no place in a config;"
+            " docs/data.md says where else it can stand"
+        )
+
+
+def _named(node: Any, key: str, name: str) -> Iterator[tuple[str, Any]]:
+    """The values of that name in a section and those below it, by their keys."""
+    items = node.items() if isinstance(node, Mapping) else enumerate(node) if isinstance(node, list) else ()
+    for part, value in items:
+        if part == name:
+            yield f"{key}.{part}", value
+        yield from _named(value, f"{key}.{part}", name)
 
 
 def weights(composed: Composed) -> Iterator[str]:
