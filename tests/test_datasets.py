@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, default_collate
 from fairexp.datasets.augment import RandomAffine, affine_matrices, uniform
 from fairexp.datasets.digits import MEAN, STD, Digits
 from fairexp.datasets.idx import IDX
-from fairexp.datasets.image_folder import ImageFolder, central_box, random_box
+from fairexp.datasets.image_folder import ImageFolder, Normalize, central_box, random_box
 from fairexp.datasets.synthetic import SyntheticImages
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "dataset"
@@ -235,12 +235,30 @@ def test_an_image_folder_is_sorted_and_skips_what_is_not_an_image(tmp_path: Path
 @pytest.mark.parametrize("augment", [False, True])
 def test_every_kind_of_image_becomes_normalised_rgb(tmp_path: Path, augment: bool) -> None:
     data = folder(write_images(tmp_path), augment=augment)
-    images, labels = default_collate([data[index] for index in range(len(data))])
-    assert images.shape == (12, 3, 32, 32)
+    read, _ = batch = default_collate([data[index] for index in range(len(data))])
+    assert read.shape == (12, 3, 32, 32)
+    assert read.dtype == torch.uint8
+    images, labels = Normalize()(batch)
     assert images.dtype == torch.float32
     assert labels.dtype == torch.int64
     assert images.min() > -2.2
     assert images.max() < 2.7
+
+
+def test_images_are_normalised_channel_by_channel_and_nothing_else_is() -> None:
+    normalize = Normalize(mean=[0.0, 0.5, 1.0], std=[1.0, 0.5, 0.25])
+    images = torch.tensor([0, 51, 255], dtype=torch.uint8).view(1, 1, 1, 3).expand(2, 3, 1, 3)
+    expected = torch.tensor([[0, 0.2, 1], [-1, -0.6, 1], [-4, -3.2, 0]]).view(3, 1, 3).expand(2, 3, 1, 3)
+    labels, masks, text = torch.ones(2, 3), torch.ones(2, 4, 1, 3, dtype=torch.uint8), ["a", "b"]
+    torch.testing.assert_close(normalize(images), expected)
+    torch.testing.assert_close(normalize([images, labels])[0], expected)
+    assert normalize((images, labels))[1] is labels
+    batch = normalize({"image": images.float(), "masks": masks, "text": text})  # mixed ones are floats already
+    torch.testing.assert_close(batch["image"], expected)
+    assert batch["masks"] is masks
+    assert batch["text"] is text
+    with pytest.raises(ValueError, match=r"mean=\[0.5\], std=\[0.0\]: takes a number a channel, and no std of 0"):
+        Normalize([0.5], [0.0])
 
 
 def test_augmentation_follows_torch_seed_and_nothing_else(tmp_path: Path) -> None:
@@ -260,8 +278,7 @@ def test_evaluation_is_resize_256_then_centre_crop_224(tmp_path: Path) -> None:
     image, _ = folder(tmp_path, "val", image_size=224)[0]
     resized = Image.open(tmp_path / "val/a/x.png").resize((341, 256), Image.Resampling.BILINEAR)
     expected = torch.from_numpy(np.array(resized.crop((58, 16, 282, 240)))).permute(2, 0, 1) / 255
-    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    torch.testing.assert_close(image * std[:, None, None] + mean[:, None, None], expected, atol=1.5 / 255, rtol=0)
+    torch.testing.assert_close(image / 255, expected, atol=1.5 / 255, rtol=0)
 
 
 def test_random_boxes_lie_inside_and_keep_area_and_ratio() -> None:
@@ -293,7 +310,7 @@ def test_images_of_any_size_are_read(tmp_path: Path, size: tuple[int, int], augm
     for seed in range(5):
         image = seeded(data, 0, seed)
         assert image.shape == (3, 32, 32)
-        assert image[0].std() < 0.05
+        assert Normalize()(image[None])[0, 0].std() < 0.05
 
 
 def test_a_large_jpeg_is_decoded_small(tmp_path: Path) -> None:
@@ -303,7 +320,8 @@ def test_a_large_jpeg_is_decoded_small(tmp_path: Path) -> None:
         Image.fromarray(ramp).convert("RGB").save(tmp_path / f"train/cat/9.{suffix}", quality=98)
     data = folder(tmp_path)
     jpeg, png = data[6][0], data[7][0]
-    torch.testing.assert_close(jpeg, png, atol=0.05, rtol=0)
+    both = Normalize()(torch.stack([jpeg, png]))
+    torch.testing.assert_close(both[0], both[1], atol=0.05, rtol=0)
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"text"])
@@ -488,8 +506,8 @@ def test_config_arguments_stand_in_the_constructors_order(path: Path) -> None:
     sizes = {"vocab_size", "seq_len"} if "vocab_size" in config else {"image_size", "channels", "num_classes"}
     assert {"train", "eval", "augment", *sizes} <= config.keys()
     assert ("expects" in config) == bool({"root", "roots"} & config.keys())
-    for section in ("train", "eval", "augment"):
-        if config[section]:
+    for section in ("train", "eval", "augment", "on_device"):
+        if config.get(section):
             target, *arguments = config[section]
             assert target == "_target_"
             module, name = config[section]["_target_"].rsplit(".", 1)

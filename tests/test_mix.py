@@ -129,6 +129,16 @@ def test_mixup_averages_image_and_label_alike() -> None:
     assert labels[:, 0].var().item() == pytest.approx(1 / (4 * 1.8), rel=0.05)
 
 
+@pytest.mark.parametrize("alphas", [(0.4, 0.0), (0.0, 1.0)])
+def test_bytes_are_blended_as_floats_of_the_same_values_are(alphas: tuple[float, float]) -> None:
+    images = torch.randint(0, 256, (12, 3, 8, 8), dtype=torch.uint8)
+    seeds, classes = torch.arange(6), torch.arange(12) % CLASSES
+    mix, affine = Mix(CLASSES, *alphas), RandomAffine(degrees=30, translate=0.2)
+    for change in (lambda x: mix((x, classes), seeds)[0], lambda x: affine((x, classes), torch.arange(12))[0]):
+        assert change(images).dtype == torch.float32
+        assert torch.equal(change(images), change(images.float()))
+
+
 def test_cutmix_pastes_a_rectangle_and_weighs_the_label_by_its_area() -> None:
     images, labels = blend(Mix(2, mixup_alpha=0.0, cutmix_alpha=1.0))
     assert set(images.unique().tolist()) == {0.0, 1.0}

@@ -78,9 +78,9 @@ def sections(composed: Composed) -> Iterator[str]:
         yield f"{composed.at(name)}: takes a section, got {schema.shown(config[name])}"
     objects: dict[str, Any] = {name: config[name] for name in TARGETS if name in config}
     if isinstance(config.get("dataset"), Mapping):
-        for part in ("train", "eval", "augment", "mix"):
+        for part in ("train", "eval", "augment", "mix", "on_device"):
             objects[f"dataset.{part}"] = value = config["dataset"].get(part)
-            optional = part in ("augment", "mix")
+            optional = part not in ("train", "eval")
             if not optional and part not in config["dataset"]:
                 yield f"dataset.{part}: missing; takes a section with a _target_"
             elif not isinstance(value, Mapping) and (value is not None or not optional):

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from fairexp.datasets.splitmix import GOLDEN, splitmix64
 
-Batch = tuple[Tensor, Tensor]  # images float32 [n, c, h, w], labels int64 [n]
+Batch = tuple[Tensor, Tensor]  # images float32 or bytes [n, c, h, w], labels int64 [n]
 
 
 def uniform(seeds: Tensor, num: int) -> Tensor:
@@ -30,6 +30,11 @@ def bits(seeds: Tensor, num: int) -> np.ndarray:
     """Random uint64 [n, num], of which `uniform` takes the upper 24 bits."""
     state = splitmix64(seeds.numpy().view(np.uint64))[:, None]  # mixed first: seeds may be neighbours
     return splitmix64(state + np.arange(1, num + 1, dtype=np.uint64) * GOLDEN)
+
+
+def floats(images: Tensor) -> Tensor:
+    """The images as numbers that can be averaged: bytes become float32 of the same values."""
+    return images if images.is_floating_point() else images.float()
 
 
 def affine_matrices(angle: Tensor, shift: Tensor, zoom: Tensor, shear: Tensor) -> Tensor:
@@ -47,7 +52,8 @@ class RandomAffine:
     """Shears, turns, magnifies, shifts and mirrors each (square) image of a batch by its own random amounts.
 
     Angles in degrees to either side, `translate` as a part of the image's side, `scale` as (smallest, largest).
-    `padding` fills what comes from outside: "border" repeats the edge, "zeros" is the mean grey of normalised images.
+    `padding` fills what comes from outside: "border" repeats the edge, "zeros" is the mean grey of normalised images, and
+    black of bytes.
     """
 
     def __init__(
@@ -64,7 +70,7 @@ class RandomAffine:
         self.flip, self.padding = flip, padding
 
     def __call__(self, batch: Batch, seeds: Tensor) -> Batch:
-        images, labels = batch
+        images, labels = floats(batch[0]), batch[1]
         draws = uniform(seeds, 6)
         sides = 2 * draws - 1  # to either side
         matrices = affine_matrices(

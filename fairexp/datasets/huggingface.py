@@ -39,7 +39,7 @@ class HuggingFaceRows:
 
 
 class HuggingFaceImages:
-    """Images and class labels of a data set: float32 [3, image_size, image_size] and int64, as `ImageFolder` gives them.
+    """Images and class labels of a data set: uint8 [3, image_size, image_size] and int64, as `ImageFolder` gives them.
 
     `root`, `files` and `split` as for `HuggingFaceRows`. `columns`: that of the image, and that of the class's number.
     """

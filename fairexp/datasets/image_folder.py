@@ -5,9 +5,10 @@
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import torch
@@ -16,14 +17,14 @@ from torch import Tensor
 # Pillow's readers that run no other program on the file: EPS, which it would recognise under any name, starts Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
-MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)  # ImageNet's, of RGB in 0..1
-STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of RGB in 0..1
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
 class ImageFolder:
-    """Images `root/<split>/<class>/<file>`, float32 [3, image_size, image_size]; train's classes by name are 0, 1, ...
+    """Images `root/<split>/<class>/<file>`, uint8 [3, image_size, image_size]; train's classes by name are 0, 1, ...
+    `Normalize` makes floats of a batch.
 
     With `augment`: a random part of the image, mirrored half of the time, drawn from torch's global generator, which
     the loader seeds for each sample. Without: the central 7/8 of the short side. A file that can't be read is a
@@ -67,6 +68,38 @@ def need_pillow() -> None:
         raise ImportError("reading image files needs Pillow: pip install 'fairexp[images]'") from error
 
 
+class Normalize:
+    """A batch with its images, [n, c, h, w] of 0..255, as float32: divided by 255, less the mean, over the standard deviation.
+
+    For `dataset.on_device`: as bytes, images are a quarter as much on their way there, and a GPU needs next to nothing for
+    what takes a data loading process a tenth of its time. `batch`: the images, or a tuple, list or dict with them, of which
+    nothing else is changed.
+    """
+
+    def __init__(self, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> None:
+        if len(mean) != len(std) or not all(std):
+            raise ValueError(f"mean={list(mean)}, std={list(std)}: takes a number a channel, and no std of 0")
+        self.mean, self.std = tuple(mean), tuple(std)
+
+    def __call__(self, batch: Any) -> Any:
+        if isinstance(batch, Mapping):
+            return {key: self.normalized(value) for key, value in batch.items()}
+        return self.normalized(batch) if isinstance(batch, Tensor) else tuple(self.normalized(value) for value in batch)
+
+    def normalized(self, images: Any) -> Any:
+        """The images; what has no channels of that number is left as it is."""
+        if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != len(self.mean):
+            return images
+        mean, std = constants(self.mean, self.std, images.device)
+        return (images / 255).sub_(mean).div_(std)
+
+
+@cache
+def constants(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation on the device. Copied once: such a copy waits for what the GPU has to do."""
+    return torch.tensor(mean, device=device).view(-1, 1, 1), torch.tensor(std, device=device).view(-1, 1, 1)
+
+
 class Told:
     """A text that is made when somebody asks: a sample's name takes longer than reading a small one."""
 
@@ -78,8 +111,8 @@ class Told:
 
 
 def image(source: str | BinaryIO, size: int, augment: bool, name: object) -> Tensor:
-    """An image file or its open bytes as normalised float32 [3, size, size]; a ValueError that begins with the name,
-    which is asked for its str() only then.
+    """An image file or its open bytes as uint8 [3, size, size]; a ValueError that begins with the name, which is asked for
+    its str() only then.
 
     With `augment`, a random part of it, mirrored half of the time, by torch's global generator; without, the central 7/8
     of the short side.
@@ -88,9 +121,7 @@ def image(source: str | BinaryIO, size: int, augment: bool, name: object) -> Ten
         pixels = load(source, size, random_box if augment else central_box)
     except Exception as error:  # a broken file makes Pillow raise nearly anything
         raise ValueError(f"{name}: can't read this image: {error}") from error
-    if augment and torch.rand(()) < 0.5:
-        pixels = pixels.flip(-1)
-    return (pixels.float() / 255 - MEAN) / STD
+    return pixels.flip(-1) if augment and torch.rand(()) < 0.5 else pixels
 
 
 def class_names(folder: Path) -> list[str]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fairexp.datasets.augment import Batch, bits, uniform
+from fairexp.datasets.augment import Batch, bits, floats, uniform
 
 SALT = 0x6D697875705F6D78  # other numbers than the augmentation draws from the same seeds
 
@@ -44,7 +44,7 @@ class Mix:
 
     def __call__(self, batch: Batch, seeds: Tensor) -> Batch:
         """`batch`: the samples of these seeds and, after them, their partners."""
-        images, classes = batch
+        images, classes = floats(batch[0]), batch[1]
         labels = F.one_hot(classes, self.num_classes).float()
         num, which = len(seeds), self.blended(seeds)
         draws = uniform(seeds[which] ^ SALT, 7).T.contiguous()[2:]

@@ -25,7 +25,7 @@ OPEN_FILES = 32  # kept open in each process
 
 
 class ParquetImages:
-    """Images and class labels from Parquet files: float32 [3, image_size, image_size] and int64, as `ImageFolder` gives
+    """Images and class labels from Parquet files: uint8 [3, image_size, image_size] and int64, as `ImageFolder` gives
     them.
 
     `root`: a folder, or a URL that fsspec knows. `files` is a pattern below it, such as `train*.parquet`. `columns`: that of

@@ -106,6 +106,7 @@ def build(run_dir: RunDir, config: Mapping[str, Any], here: dist.Place, stop: St
         averaged = ScheduleFree(module, optimizer).applied
 
     datasets = {part: _dataset(config["dataset"][part], part) for part in ("train", "eval")}
+    on_device = make(config["dataset"].get("on_device"))
     lengths = {part: data.length(dataset, part) for part, dataset in datasets.items()}
     per_rank = -(-trainer.global_batch_size // here.data_size)
     micro_batch_size = trainer.micro_batch_size or per_rank
@@ -138,9 +139,10 @@ def build(run_dir: RunDir, config: Mapping[str, Any], here: dist.Place, stop: St
             seed,
             BadSamples(run_dir.logs, here.rank, trainer.bad_samples),
             make(config["dataset"].get("mix")),
+            on_device,
         ),
         evaluation=order.EvaluationOrder(lengths["eval"], trainer.eval_batch_size or micro_batch_size, here),
-        fetch_evaluation=data.Fetcher(datasets["eval"], None, seed),
+        fetch_evaluation=data.Fetcher(datasets["eval"], None, seed, on_device=on_device),
         max_steps=max_steps,
         stop=stop,
         saver=Saver(here.device),

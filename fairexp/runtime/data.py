@@ -74,10 +74,12 @@ class Fetcher:
         seed: int,
         bad_samples: BadSamples | None = None,
         mix: Mix | None = None,
+        on_device: Callable[[Any], Any] | None = None,
     ):
         self.dataset = dataset
         self.augment = augment
         self.mix = mix
+        self.on_device = on_device
         self.seed = seed
         self.bad_samples = bad_samples
         self.replaces = bad_samples is not None and bad_samples.most > 0
@@ -101,6 +103,11 @@ class Fetcher:
         if batch is not None and self.mix:
             batch = self.mix(batch, own)
         return batch, bad
+
+    def moved(self, batch: Any, device: torch.device) -> Any:
+        """The batch on the device, and as the model takes it."""
+        batch = to_device(batch, device)
+        return self.on_device(batch) if self.on_device else batch
 
     def judge(self, part: Part, batch: Any, bad: list[Bad]) -> Any:
         """The batch, if the policy for bad samples allows it; in the main process."""
@@ -226,7 +233,7 @@ class Batches:
     def __next__(self) -> list[MicroBatch]:
         began = time.perf_counter()
         step = [
-            MicroBatch(to_device(self._batch(part), self.here.device), part.weight, part.share)
+            MicroBatch(self.fetcher.moved(self._batch(part), self.here.device), part.weight, part.share)
             for part in next(self._steps)
         ]
         self.waited_s += time.perf_counter() - began

@@ -16,7 +16,6 @@ from fairexp.errors import RunError
 from fairexp.runtime import checkpoint, dist
 from fairexp.runtime.build import Run
 from fairexp.runtime.data import Batches, MicroBatch
-from fairexp.runtime.packing import to_device
 from fairexp.runtime.peaks import peak_flops
 from fairexp.runtime.profile import Profile
 
@@ -209,7 +208,7 @@ def _sum_over_evaluation_set(run: Run) -> dict[str, Tensor]:
     sums: dict[str, Tensor] = {}
     for part in run.evaluation:
         run.beacon.at("evaluate", run.step)
-        batch = to_device(run.fetch_evaluation[part], run.here.device)
+        batch = run.fetch_evaluation.moved(run.fetch_evaluation[part], run.here.device)
         with run.precision.autocast():
             loss, metrics = run.task(run.model, batch)
         for name, value in {"loss": loss, **metrics}.items():

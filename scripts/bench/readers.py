@@ -86,18 +86,25 @@ def inputs(tokens: Any) -> dict[str, Any]:
 
 
 def decoded(data: bytes, label: int) -> Any:
-    """The picture and its class as fairexp's data sets give them."""
+    """The picture and its class as a model takes them, by fairexp's decoder."""
     import torch
 
     from fairexp.datasets.image_folder import image
 
-    return image(io.BytesIO(data), SIZE, False, "an image"), torch.tensor(label)
+    return normalized(image(io.BytesIO(data), SIZE, False, "an image")), torch.tensor(label)
+
+
+def normalized(picture: Any) -> Any:
+    """One picture as floats, where fairexp normalises whole batches."""
+    from fairexp.datasets.image_folder import Normalize
+
+    return Normalize().normalized(picture[None])[0]
 
 
 # How it is read
 
 
-def fairexp(dataset: Any, source: str, workers: int, at: float) -> Iterator[Any]:
+def fairexp(dataset: Any, source: str, workers: int, at: float, on_device: Any = None) -> Iterator[Any]:
     """What a run's loop gets, from that part of an epoch on."""
     import torch
 
@@ -107,7 +114,9 @@ def fairexp(dataset: Any, source: str, workers: int, at: float) -> Iterator[Any]
 
     here, size = Place(0, 1, 0, torch.device("cpu")), BATCH[source]
     order = TrainingOrder(len(dataset), size, size, here, 0, dataset=dataset)
-    return Batches(Fetcher(dataset, None, 0), order, here, workers, int(at * order.steps_per_epoch))
+    return Batches(
+        Fetcher(dataset, None, 0, on_device=on_device), order, here, workers, int(at * order.steps_per_epoch)
+    )
 
 
 def plain(dataset: Any, source: str, workers: int, at: float) -> Iterator[Any]:
@@ -184,9 +193,11 @@ def mosaic(folder: Path, source: str, workers: int, at: float, made: Callable[[A
 
 @reads("images", "fairexp")
 def _(folder: Path, workers: int, at: float) -> Iterator[Any]:
+    from fairexp.datasets.image_folder import Normalize
     from fairexp.datasets.tar_shards import TarImages
 
-    return fairexp(TarImages(folder / "tar", "*.tar", "cls", SIZE, NUM_CLASSES, False), "images", workers, at)
+    dataset = TarImages(folder / "tar", "*.tar", "cls", SIZE, NUM_CLASSES, False)
+    return fairexp(dataset, "images", workers, at, Normalize())
 
 
 @reads("images", "DataLoader")
@@ -194,7 +205,12 @@ def _(folder: Path, workers: int, at: float) -> Iterator[Any]:
     """Over one file an image."""
     from fairexp.datasets.image_folder import ImageFolder
 
-    return plain(ImageFolder(folder / "files", "train", SIZE, NUM_CLASSES, False), "images", workers, at)
+    class Floats(ImageFolder):
+        def __getitem__(self, index: int) -> Any:
+            picture, label = super().__getitem__(index)
+            return normalized(picture), label
+
+    return plain(Floats(folder / "files", "train", SIZE, NUM_CLASSES, False), "images", workers, at)
 
 
 @reads("images", "webdataset")

@@ -89,3 +89,6 @@ class FromLoader:
 
     def __getitem__(self, part: Part) -> Any:
         return next(self.batches)
+
+    def moved(self, batch: Any, device: torch.device) -> Any:
+        return batch
