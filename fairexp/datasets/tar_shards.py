@@ -12,8 +12,10 @@ import os
 import re
 import tarfile
 import zlib
+from bisect import bisect_right
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,7 +51,7 @@ COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"(\xb5": "zs
 
 
 class TarImages:
-    """Images and class labels from tar shards: float32 [3, image_size, image_size] and int64, as `ImageFolder` gives them.
+    """Images and class labels from tar shards: uint8 [3, image_size, image_size] and int64, as `ImageFolder` gives them.
 
     `shards` is a pattern below `root`, such as `train*.tar`. Each sample has one image; `label` names the member with the
     class's number (`cls`), or one and a key of its JSON object (`json:label`). With `window`, the training order mixes the
@@ -126,7 +128,7 @@ class TarSamples:
 
 
 def picture(shards: "Shards", index: int, extensions: Collection[str], size: int, augment: bool) -> Tensor:
-    """The sample's image, float32 [3, size, size]."""
+    """The sample's image, uint8 [3, size, size]."""
     extension, data = shards.read(index, extensions)
     return image(io.BytesIO(data), size, augment, Told(lambda: f"{shards.name(index)}, {extension}"))
 
@@ -194,7 +196,7 @@ class Shards:
             looked = pool.map(lambda turn: index_of(self.paths[turn], "tar 1", build, fits), turns)
             found = dict(zip(turns, looked, strict=True))
         self.layouts = [layout(found[number][0]) for number in range(len(self.paths))]
-        self.ends = np.cumsum([len(shard.ends) for shard in self.layouts])
+        self.ends = list(accumulate(len(shard.ends) for shard in self.layouts))
         if not len(self):
             raise ValueError(f"{root}: the tars {pattern} have no sample")
         listing = [f"{path.relative_to(root)} {found[number][1]}" for number, path in enumerate(self.paths)]
@@ -207,7 +209,7 @@ class Shards:
         self._files = OpenFiles(self.paths)
 
     def __len__(self) -> int:
-        return int(self.ends[-1])
+        return self.ends[-1]
 
     def permutation(self, generator: Generator) -> Tensor:
         return window_permutation([len(shard.ends) for shard in self.layouts], self.window, generator)
@@ -223,13 +225,13 @@ class Shards:
         """The extension and the bytes of the one member that has one of the extensions."""
         shard, place = self._place(index)
         found = self.layouts[shard]
-        members = range(found.ends[place - 1] if place else 0, found.ends[place])
-        named = [(found.extensions[found.kinds[member]], member) for member in members]
-        fitting = [pair for pair in named if pair[0] in extensions]
+        first = int(found.ends[place - 1]) if place else 0
+        named = [found.extensions[kind] for kind in found.kinds[first : int(found.ends[place])].tolist()]
+        fitting = [number for number, extension in enumerate(named) if extension in extensions]
         if len(fitting) != 1:
-            of = f"{len(fitting)} of {', '.join(extensions)}; it has {', '.join(extension for extension, _ in named)}"
+            of = f"{len(fitting)} of {', '.join(extensions)}; it has {', '.join(named)}"
             raise ValueError(f"{self.name(index)} has {of}")
-        extension, member = fitting[0]
+        extension, member = named[fitting[0]], first + fitting[0]
         offset, size = int(found.offsets[member]), int(found.sizes[member])
         data = self._files.read(shard, BLOCK + size, offset - BLOCK)
         if len(data) < BLOCK + size or zlib.crc32(memoryview(data)[:BLOCK]) != found.checks[member]:
@@ -239,8 +241,8 @@ class Shards:
     def _place(self, index: int) -> tuple[int, int]:
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
-        shard = int(np.searchsorted(self.ends, index, side="right"))
-        return shard, int(index - (self.ends[shard - 1] if shard else 0))
+        shard = bisect_right(self.ends, index)
+        return shard, index - (self.ends[shard - 1] if shard else 0)
 
 
 def build(path: Path, size: int) -> Index:
