@@ -1,5 +1,6 @@
 """Which sample comes when is a function of the seed alone: the same on any number of ranks and workers, and after any resume."""
 
+import contextlib
 import itertools
 import random
 import tracemalloc
@@ -15,7 +16,7 @@ from torch import Tensor
 from fairexp.runtime.data import Batches, Fetcher, MicroBatch
 from fairexp.runtime.dist import Place
 from fairexp.runtime.order import EvaluationOrder, Part, TrainingOrder
-from fairexp.runtime.packing import packed, unpacked
+from fairexp.runtime.packing import copies, packed, to_device, unpacked
 
 torch.set_num_threads(1)
 
@@ -229,3 +230,55 @@ def test_a_batch_comes_out_of_one_piece_of_shared_memory_as_it_went_in() -> None
         assert (mine.dtype, mine.shape) == (theirs.dtype, theirs.shape)
         assert torch.equal(mine, theirs)
     assert unpacked(packed("no tensor")) == "no tensor"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_batches_are_whole_though_the_gpu_copies_them_while_it_computes() -> None:
+    device, num = torch.device("cuda", 0), 50
+    busy = torch.randn(4096, 4096, device=device)
+    sums = []
+    for number in range(num):
+        batch = (torch.full((1 << 20,), float(number)).pin_memory(), {"id": torch.tensor([number]).pin_memory()})
+        images, more = to_device(batch, device)
+        for _ in range(3):
+            busy = busy @ busy / 64.0  # the copy of the next batch is asked for long before this is done
+        sums.append(images.mean() + more["id"].sum() + 0.0 * busy[0, 0].isnan())
+        del batch, images, more
+    assert torch.stack(sums).tolist() == [2.0 * number for number in range(num)]
+
+
+def test_a_gpu_computes_with_a_batch_once_it_is_copied_and_its_memory_stays_until_then(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The calls that torch's documentation asks for, in their order; the GPU itself is the test's above."""
+    calls: list[str] = []
+
+    class Stream:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def wait_stream(self, other: "Stream") -> None:
+            calls.append(f"{self.name} waits for {other.name}")
+
+    class Moving(Tensor):
+        def to(self, device: torch.device, non_blocking: bool) -> Tensor:  # type: ignore[override]
+            calls.append(f"copy, blocking: {not non_blocking}")
+            return self
+
+        def record_stream(self, stream: Stream) -> None:  # type: ignore[override]
+            calls.append(f"memory stays for {stream.name}")
+
+    @contextlib.contextmanager
+    def on(stream: Stream) -> Iterator[None]:
+        calls.append(f"on {stream.name}")
+        yield
+        calls.append(f"no longer on {stream.name}")
+
+    copies.cache_clear()
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream("copies"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("steps"))
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    to_device([torch.zeros(2).as_subclass(Moving)], torch.device("cuda", 0))
+    copies.cache_clear()
+    copy = ["copy, blocking: False", "memory stays for steps"]
+    assert calls == ["on copies", *copy, "no longer on copies", "steps waits for copies"]

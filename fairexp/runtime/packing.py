@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, MutableMapping
 from copy import copy
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -30,10 +31,28 @@ def each(kind: type, change: Callable[[Any], Any], batch: Any) -> Any:
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """The batch with every tensor on the device."""
+    """The batch with every tensor on the device. A GPU copies it on a stream of its own, beside the step before, which it is
+    still computing when this process is done with handing that out."""
     if device.type == "cpu":
         return batch
-    return each(Tensor, lambda tensor: tensor.to(device, non_blocking=True), batch)
+    copying, computing = copies(device), torch.cuda.current_stream(device)
+
+    def move(tensor: Tensor) -> Tensor:
+        moved = tensor.to(device, non_blocking=True)
+        # its memory comes from the other stream, which would write the next batch there while a step still reads this one
+        moved.record_stream(computing)
+        return moved
+
+    with torch.cuda.stream(copying):
+        batch = each(Tensor, move, batch)
+    computing.wait_stream(copying)
+    return batch
+
+
+@cache
+def copies(device: torch.device) -> torch.cuda.Stream:
+    """The stream on which this process's batches go to the device."""
+    return torch.cuda.Stream(device)
 
 
 class Packed(NamedTuple):
