@@ -2,6 +2,8 @@
 
 import contextlib
 import itertools
+import multiprocessing
+import os
 import random
 import tracemalloc
 from collections import OrderedDict
@@ -13,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fairexp.runtime.data import Batches, Fetcher, MicroBatch
+from fairexp.runtime.data import Batches, Fetcher, MicroBatch, once
 from fairexp.runtime.dist import Place
 from fairexp.runtime.order import EvaluationOrder, Part, TrainingOrder
 from fairexp.runtime.packing import copies, packed, to_device, unpacked
@@ -171,6 +173,38 @@ def test_each_epoch_is_random_anew() -> None:
 def test_workers_change_nothing(world_size: int) -> None:
     assert same(fetch(world_size, 5, workers=2), fetch(world_size, 5))
     assert same(fetch(world_size, 5, num=4, first=EPOCH - 2, workers=2), fetch(world_size, 5, num=4, first=EPOCH - 2))
+
+
+class Gathered(Noisy):
+    """The same, a whole batch at once, and in which process."""
+
+    def __getitems__(self, indices: Tensor) -> dict[str, Tensor]:
+        return {"index": indices, "process": torch.full_like(indices, os.getpid())}
+
+
+def test_an_evaluation_reads_in_workers_what_comes_sample_by_sample() -> None:
+    class Where(Noisy):
+        def __getitem__(self, index: int) -> dict[str, Tensor | float]:
+            return super().__getitem__(index) | {"process": os.getpid()}
+
+    here = places(2)[1]
+    parts = EvaluationOrder(LENGTH, 4, here)
+    got = {num: list(once(Fetcher(Where(), None, 0), parts, here, num)) for num in (0, 2)}
+    processes = {
+        num: {i for micro in micros for i in micro.batch.pop("process").tolist()} for num, micros in got.items()
+    }
+    assert processes[0] == {os.getpid()}
+    assert len(processes[2] - processes[0]) == 2
+    assert same([got[2]], [got[0]])
+    assert [micro.weight for micro in got[2]] == [part.weight for part in parts]
+    alone = once(Fetcher(Gathered(), None, 0), parts, here, 2)
+    assert {i for micro in alone for i in micro.batch["process"].tolist()} == {os.getpid()}
+    begun = once(Fetcher(Where(), None, 0), parts, here, 2)
+    next(begun)
+    before = multiprocessing.active_children()
+    begun.close()
+    assert len(before) == 2
+    assert not multiprocessing.active_children(), "given up, it leaves processes behind"
 
 
 def test_a_resume_gets_the_same_samples() -> None:

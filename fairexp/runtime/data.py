@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain
@@ -248,6 +248,19 @@ class Batches:
         if self._workers:
             self._workers.close()
             self._workers = None
+
+
+def once(fetcher: Fetcher, parts: Iterable[Part], here: Place, num_workers: int) -> Iterator[MicroBatch]:
+    """The batches of the parts, for an evaluation. Data loading processes read them where samples come one by one: one that
+    gathers a batch at once is done before a process has started."""
+    workers = Workers(fetcher.fetch, iter(parts), num_workers, here) if num_workers and not fetcher.gathers else None
+    try:
+        for part in parts:
+            batch = fetcher.judge(part, *next(workers)) if workers else fetcher[part]
+            yield MicroBatch(fetcher.moved(batch, here.device), part.weight, part.share)
+    finally:
+        if workers:
+            workers.close()
 
 
 def length(dataset: Any, what: str) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor
 from fairexp.errors import RunError
 from fairexp.runtime import checkpoint, dist
 from fairexp.runtime.build import Run
-from fairexp.runtime.data import Batches, MicroBatch
+from fairexp.runtime.data import Batches, MicroBatch, once
 from fairexp.runtime.peaks import peak_flops
 from fairexp.runtime.profile import Profile
 
@@ -206,18 +206,17 @@ def evaluate(run: Run) -> dict[str, float]:
 def _sum_over_evaluation_set(run: Run) -> dict[str, Tensor]:
     """By metric the sum of its values and that of their weights, float64: float32 sums of a large set lose whole samples."""
     sums: dict[str, Tensor] = {}
-    for part in run.evaluation:
+    for batch, weight, _ in once(run.fetch_evaluation, run.evaluation, run.here, run.trainer.num_workers):
         run.beacon.at("evaluate", run.step)
-        batch = run.fetch_evaluation.moved(run.fetch_evaluation[part], run.here.device)
         with run.precision.autocast():
             loss, metrics = run.task(run.model, batch)
         for name, value in {"loss": loss, **metrics}.items():
             # a value a sample is summed exactly, with a weight each or 1; a mean over the batch counts by its number of samples
             values, weights = value if isinstance(value, tuple) else (value, torch.ones_like(value))
             if values.ndim:
-                both = torch.stack([values[: part.weight].double().sum(), weights[: part.weight].double().sum()])
+                both = torch.stack([values[:weight].double().sum(), weights[:weight].double().sum()])
             else:
-                both = torch.stack([values, weights]).double() * part.weight
+                both = torch.stack([values, weights]).double() * weight
             sums[name] = sums.get(name, 0.0) + both
     return sums
 
