@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,15 @@ def server(tmp_path: Path) -> Iterator[RangeServer]:
 
 
 @pytest.fixture(autouse=True)
+def node(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The node's disk."""
+    folder = tmp_path_factory.mktemp("node")
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    monkeypatch.setenv("TMPDIR", str(folder))
+    return folder / f"fairexp-{os.getuid()}-row-groups"
+
+
+@pytest.fixture(autouse=True)
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "WAITS", (0.01, 0.02, 0.03))
 
@@ -55,7 +65,7 @@ def table(root: Path, count: int = 400, group: int = 50) -> pa.Table:
 
 
 def rows(root: str | Path, files: str = "train/*.parquet", columns: Any = ("id", "x", "y"), **more: Any) -> ParquetRows:
-    return ParquetRows(root, files, list(columns), **more)
+    return ParquetRows(root, files, list(columns), **{"node_cache_gb": 0} | more)
 
 
 # --- the samples ---
@@ -136,6 +146,84 @@ def test_forked_processes_have_clients_of_their_own(server: RangeServer, tmp_pat
         process.join()
     assert [process.exitcode for process in processes] == [0, 0, 0]
     assert far.__getitems__([199])[0].item() == 199
+
+
+def read_by_processes(data: ParquetRows, num: int) -> list[int]:
+    """The exit codes of forked processes that have all read the whole set: 0, if each got it."""
+
+    def read() -> None:
+        got = data.__getitems__(list(range(len(data))))[0]
+        os._exit(0 if torch.equal(got, torch.arange(len(data))) else 1)
+
+    processes = [multiprocessing.get_context("fork").Process(target=read) for _ in range(num)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    return [process.exitcode or 0 for process in processes]
+
+
+def test_a_nodes_processes_fetch_each_row_group_once(server: RangeServer, tmp_path: Path, node: Path) -> None:
+    table(tmp_path)
+    far = rows(server.url, cache_mb=1, node_cache_gb=1)
+    server.asked.clear()
+    assert read_by_processes(far, 4) == [0] * 4
+    assert len(server.sent()) == 8 * 2
+    assert len(list(node.glob("*.arrow"))) == 8
+    assert read_by_processes(rows(server.url, node_cache_gb=1), 1) == [0]
+    assert len(server.sent()) == 8 * 2 + 2, "another run's footers, and nothing else"
+    alone = rows(server.url)
+    server.asked.clear()
+    assert read_by_processes(alone, 4) == [0] * 4
+    assert len(server.sent()) == 4 * 8 * 2
+
+
+def test_what_the_node_holds_stays_within_its_bounds_and_the_oldest_goes(
+    server: RangeServer, tmp_path: Path, node: Path
+) -> None:
+    table(tmp_path)
+    size = rows(server.url, node_cache_gb=1).__getitems__([0]) and next(node.glob("*.arrow")).stat().st_size
+    (first,) = node.glob("*.arrow")
+    far = rows(server.url, node_cache_gb=3.5 * size / 2**30)
+    for row in (50, 100, 150):
+        os.utime(first, (row, row))  # last read long ago
+        far.__getitems__([row])
+    assert sum(path.stat().st_size for path in node.glob("*.arrow")) <= 3.5 * size
+    assert not first.exists()
+    assert len(list(node.glob("*.arrow"))) == 3
+    rows(server.url, node_cache_gb=0.5 * size / 2**30).__getitems__([200])
+    assert not list(node.glob("*.arrow")), "a table that doesn't fit isn't stored"
+
+
+def test_a_node_without_a_good_place_is_read_without_one(server: RangeServer, tmp_path: Path, node: Path) -> None:
+    table(tmp_path)
+
+    def fetched(data: ParquetRows) -> int:
+        server.asked.clear()
+        assert data.__getitems__([7, 150])[0].tolist() == [7, 150]
+        return len(server.sent())
+
+    def made() -> ParquetRows:
+        return rows(server.url, node_cache_gb=1)
+
+    node.write_text("a file")
+    assert fetched(made()) == 4
+    node.unlink()
+    node.mkdir()
+    node.chmod(0o777)  # anybody could have put tables there
+    assert fetched(made()) == 4
+    node.chmod(0o700)
+    assert fetched(made()) == 4
+    assert fetched(made()) == 0
+    for file in node.glob("*.arrow"):
+        file.write_bytes(file.read_bytes()[:100])
+    assert fetched(made()) == 4
+    assert fetched(made()) == 0
+    table(tmp_path)  # written anew, alike
+    assert fetched(made()) == 0
+    pq.write_table(pq.read_table(tmp_path / "train/b.parquet"), tmp_path / "train/a.parquet", row_group_size=50)
+    server.asked.clear()
+    assert made().__getitems__([7])[0].tolist() == [207], "a file that has taken another's place"
 
 
 def test_the_hub_is_asked_for_a_list_and_for_ranges(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from torch import Generator, Tensor
 
 from fairexp.datasets.columns import Columns, batch, check, check_images, image_and_label, named, need
 from fairexp.datasets.image_folder import Told, need_pillow
+from fairexp.datasets.node_cache import NodeCache
 from fairexp.datasets.remote import Remote
 from fairexp.datasets.windows import window_permutation
 
@@ -30,7 +31,7 @@ class ParquetImages:
 
     `root`: a folder, or a URL that fsspec knows. `files` is a pattern below it, such as `train*.parquet`. `columns`: that of
     the image file's bytes, or of {bytes, path} as Hugging Face writes them, where only `bytes` is read; and that of the
-    class's number. A damaged file is a ValueError.
+    class's number. `node_cache_gb`: GiB of what a URL gave on the node's disk. A damaged file is a ValueError.
     """
 
     def __init__(
@@ -43,10 +44,11 @@ class ParquetImages:
         augment: bool,
         window: int | None = None,
         cache_mb: int = 256,
+        node_cache_gb: float = 2,
     ) -> None:
         need_pillow()
         need("parquet")
-        self.table = Table(root, files, columns, cache_mb, window)
+        self.table = Table(root, files, columns, cache_mb, window, node_cache_gb)
         check_images(self.table.schema, columns, self.table.where)
         self.columns = columns
         self.image_size, self.num_classes, self.augment = image_size, num_classes, augment
@@ -71,11 +73,17 @@ class ParquetRows:
     """
 
     def __init__(
-        self, root: str | Path, files: str, columns: Columns, window: int | None = None, cache_mb: int = 256
+        self,
+        root: str | Path,
+        files: str,
+        columns: Columns,
+        window: int | None = None,
+        cache_mb: int = 256,
+        node_cache_gb: float = 2,
     ) -> None:
         need("parquet")
         self.columns = columns
-        self.table = Table(root, files, named(columns), cache_mb, window)
+        self.table = Table(root, files, named(columns), cache_mb, window, node_cache_gb)
         check(self.table.schema, columns, self.table.where)
         self.fingerprint = self.table.fingerprint
 
@@ -98,11 +106,18 @@ class Table:
     """
 
     def __init__(
-        self, root: str | Path, pattern: str, columns: Sequence[str], cache_mb: int, window: int | None
+        self,
+        root: str | Path,
+        pattern: str,
+        columns: Sequence[str],
+        cache_mb: int,
+        window: int | None,
+        node_cache_gb: float = 2,
     ) -> None:
         self.columns, self.cache_bytes, self.window = list(columns), cache_mb * 2**20, window
         self.remote = Remote(str(root)) if "://" in str(root) else None
         self.where = str(self.remote or root)  # what messages call it
+        self.node_cache = NodeCache(node_cache_gb)
         listed = self._list(Path(root), pattern)
         if not listed:
             raise ValueError(f"{self.where} has no {pattern}")
@@ -267,10 +282,14 @@ class Table:
         def fetched(handle: Any) -> Any:
             # with the footer nothing is asked for but the columns, and pre_buffer joins neighbours into one request. The
             # ParquetFile isn't kept: it would hold on to the bytes
-            opened = pq.ParquetFile(handle, metadata=self.footers[file], pre_buffer=True)
+            opened = pq.ParquetFile(handle, metadata=footer, pre_buffer=True)
             return opened.read_row_group(group, columns=self.columns, use_threads=False)
 
-        return remote.read(self.names[file], self.sizes[file], fetched)
+        name, size, footer = self.names[file], self.sizes[file], self.footers[file]
+        # the footer tells a file from one that has taken its place: its columns' places, sizes and smallest and largest values
+        facts = [self.where, name, size, group, self.columns, footer.row_group(group).to_dict()]
+        digest = hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
+        return self.node_cache.get(digest, lambda: remote.read(name, size, fetched))
 
 
 def _end(source: Any) -> tuple[Any, Any]:
