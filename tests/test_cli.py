@@ -346,24 +346,6 @@ def test_the_run_is_another_with(override: str) -> None:
     assert identity(override) != identity()
 
 
-def test_a_window_makes_another_run_of_token_shards_and_none_the_one_from_before_there_were_windows() -> None:
-    def config(*overrides: str) -> dict[str, Any]:
-        shards = (
-            "model=transformer",
-            "task=next_token",
-            "dataset=tokens",
-            "dataset.root=here",
-            "dataset.vocab_size=257",
-        )
-        return compose([*shards, *overrides]).config
-
-    before = config()
-    del before["dataset"]["window"], before["dataset"]["train"]["window"]
-    ids = {run_id(each) for each in (before, config("dataset.window=64"), config("dataset.train.window=64"))}
-    assert len(ids) == 3
-    assert run_id(before) == run_id(config())
-
-
 def test_an_experiment_is_the_same_run_with_and_without_a_plus() -> None:
     assert identity("experiment=vit_digits") == identity("+experiment=vit_digits")
 

@@ -40,8 +40,7 @@ def run_id(config: Mapping[str, Any]) -> str:
 
 def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config without what doesn't belong to the experiment."""
-    less = NOT_IDENTITY | idle(config.get("guard")) | windowless(config.get("dataset"))
-    return _without(less, config, "")
+    return _without(NOT_IDENTITY | idle(config.get("guard")), config, "")
 
 
 def idle(guard: Any) -> set[str]:
@@ -50,15 +49,6 @@ def idle(guard: Any) -> set[str]:
     unused = {"guard.nonfinite"} if "nonfinite" not in changes else set()
     unused |= {"guard.spike", "guard.spike_factor", "guard.spike_window"} if "spike" not in changes else set()
     return unused if changes else {"guard"}
-
-
-def windowless(dataset: Any) -> set[str]:
-    """The settings of a data set's window, where it has none: it had no such settings at first, and its runs keep their ids."""
-    if not isinstance(dataset, Mapping) or dataset.get("window", "") is not None:
-        return set()
-    train = dataset.get("train")
-    given = isinstance(train, Mapping) and train.get("window") is not None
-    return {"dataset.window"} if given else {"dataset.window", "dataset.train.window"}
 
 
 def _without(less: set[str], node: Any, prefix: str) -> Any:
