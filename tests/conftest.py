@@ -1,5 +1,6 @@
 """The command line as real processes, and tiny runs that several test files read."""
 
+import fcntl
 import json
 import multiprocessing
 import os
@@ -7,7 +8,8 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,23 @@ TINY = (
     "launcher.threads_per_process=1",
     "tracker=none",
 )
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Of a user's test processes the others wait while one has a test that is marked `alone`: it says how long a command may
+    take, and beside four ranks of another test a command of half a second takes three. The waiting doesn't count."""
+    place, alone = Path(tempfile.gettempdir(), f"fairexp-tests-{os.getuid()}"), item.get_closest_marker("alone")
+    with open(f"{place}.next", "w") as next_one, open(f"{place}.room", "w") as room:
+        try:
+            fcntl.flock(next_one, fcntl.LOCK_EX)  # who waits for an empty room lets nobody in before
+            fcntl.flock(room, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+            if not alone:
+                fcntl.flock(next_one, fcntl.LOCK_UN)
+            return (yield)
+        finally:  # in so many words: a process that the test has forked holds the files, too
+            fcntl.flock(room, fcntl.LOCK_UN)
+            fcntl.flock(next_one, fcntl.LOCK_UN)
 
 
 def pytest_sessionfinish() -> None:

@@ -156,6 +156,7 @@ def test_the_table_is_whole() -> None:
         assert bool(case.mistaken_file) == bool(case.mended_file) == ("experiment=mine" in case.mistaken)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     "command",
     [

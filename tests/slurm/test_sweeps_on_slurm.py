@@ -133,6 +133,7 @@ def shims(project: Any, tmp_path: Path, **scripts: str) -> dict[str, str]:
     return {"PATH": f"{folder}:{os.environ['PATH']}"}
 
 
+@pytest.mark.alone
 def test_a_sweep_whose_submitter_is_killed_has_each_job_once(counting: Any, cluster: Any, tmp_path: Path) -> None:
     widths = ",".join(map(str, range(1, 12)))
     line = [*MINE, "-m", "model=counts", "sweep.name=twelve"]
