@@ -22,7 +22,7 @@ from fairexp.config.rundir import RunDir
 from fairexp.errors import DISK, DONE, FAILED, INTERRUPTED, Fenced, MachineError, RunError, UserError
 from fairexp.lifetime import leave
 from fairexp.runtime import build as building
-from fairexp.runtime import census, checkpoint, dist, loop
+from fairexp.runtime import census, checkpoint, dist, heap, loop
 from fairexp.runtime.bad_samples import replaced
 from fairexp.runtime.make import make, trust
 from fairexp.runtime.preempt import Stop
@@ -39,6 +39,7 @@ def main(run_dir: RunDir, beacon: Beacon | None = None) -> int:
         config = run_dir.config()
         if threads := os.environ.get("OMP_NUM_THREADS"):
             torch.set_num_threads(int(threads))  # a pool has loaded torch before it knew
+        heap.keep()
         trust(run_dir.launch()["trusted"])
         here = dist.place(config["trainer"]["device"])
         number = int(os.environ.get("FAIREXP_ATTEMPT", "0"))

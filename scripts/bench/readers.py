@@ -108,10 +108,12 @@ def fairexp(dataset: Any, source: str, workers: int, at: float, on_device: Any =
     """What a run's loop gets, from that part of an epoch on."""
     import torch
 
+    from fairexp.runtime import heap
     from fairexp.runtime.data import Batches, Fetcher
     from fairexp.runtime.dist import Place
     from fairexp.runtime.order import TrainingOrder
 
+    heap.keep()  # as a rank begins
     here, size = Place(0, 1, 0, torch.device("cpu")), BATCH[source]
     order = TrainingOrder(len(dataset), size, size, here, 0, dataset=dataset)
     return Batches(
