@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import Fairexp, Tiny, Trained, interrupted
 
+from fairexp.runtime import dist
 from fairexp.runtime.preempt import Stop
 
 WORLDS = ("single", "ddp2", "fsdp2", "fsdp4", "hybrid")
@@ -105,13 +106,20 @@ def test_a_run_that_was_killed_after_its_last_step_still_sums_up(tiny: Tiny, fai
     assert (here["step"], here["final"], here["best"]) == (20, there["final"], there["best"])
 
 
-def test_a_resumed_run_notices_a_signal_at_its_next_step() -> None:
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_resumed_run_notices_a_signal_at_its_next_step(alone: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "alone", lambda: alone)
+    monkeypatch.setattr(dist, "max_over_ranks", lambda values: values)
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         stop = Stop().listen()
         assert not stop.agreed(100_000)
+        for step in (
+            range(100_001, 100_020) if alone else ()
+        ):  # of quick steps others are asked at the next hundred only
+            assert not stop.agreed(step)
         os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.agreed(100_001), "it took the 100,000 steps before its start for quick ones"
+        assert stop.agreed(100_020 if alone else 100_001), "it took the 100,000 steps before its start for quick ones"
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -97,9 +97,14 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
+def alone() -> bool:
+    """Whether there is no other rank."""
+    return not (dist.is_initialized() and dist.get_world_size() > 1)
+
+
 def max_over_ranks(values: torch.Tensor) -> torch.Tensor:
     """The element-wise maximum over all ranks, in place."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
+    if not alone():
         dist.all_reduce(values, op=dist.ReduceOp.MAX)
     return values
 

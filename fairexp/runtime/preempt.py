@@ -22,7 +22,7 @@ class Stop:
     """Asks for the end of the run when SIGINT, SIGTERM or one of the SIGUSRs (Slurm's --signal) arrives.
 
     That only sets a flag: saving there would start a collective that the other ranks don't join. A second SIGINT kills at
-    once. The ranks compare flags about every 0.2 s, not every step, since that is a collective.
+    once. The ranks compare flags about every 0.2 s, not every step, since that is a collective; one alone just looks.
     """
 
     def __init__(self) -> None:
@@ -69,7 +69,7 @@ class Stop:
 
     def agreed(self, step: int) -> bool:
         """Whether all ranks stop after this step; all call it after every step."""
-        if step < self._look_at:
+        if step < self._look_at and not (self._came and dist.alone()):
             return False
         step_time = LOOK_EVERY_S  # of the first look nothing is known: look again at the next step
         if self._looked:
