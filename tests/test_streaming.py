@@ -1,6 +1,7 @@
 """Parquet files behind a URL, from a real server: the samples are those on the disk, few bytes are fetched, trouble passes."""
 
 import base64
+import fcntl
 import json
 import multiprocessing
 import os
@@ -11,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ from test_order import BATCHES, global_batches, interrupted, parquet_images, par
 
 from fairexp.config.compose import compose
 from fairexp.config.validate import problems
-from fairexp.datasets import remote
+from fairexp.datasets import node_cache, remote
 from fairexp.datasets.parquet import ParquetImages, ParquetRows
 
 torch.set_num_threads(1)
@@ -224,6 +226,40 @@ def test_a_node_without_a_good_place_is_read_without_one(server: RangeServer, tm
     pq.write_table(pq.read_table(tmp_path / "train/b.parquet"), tmp_path / "train/a.parquet", row_group_size=50)
     server.asked.clear()
     assert made().__getitems__([7])[0].tolist() == [207], "a file that has taken another's place"
+
+
+def test_a_stopped_process_that_holds_a_row_group_up_holds_it_up_for_a_while(
+    server: RangeServer, tmp_path: Path, node: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table(tmp_path)
+    rows(server.url, node_cache_gb=1).__getitems__([7])
+    (stored,) = node.glob("*.arrow")
+    stored.unlink()
+    monkeypatch.setattr(node_cache, "PATIENCE_S", 0.3)
+    with open(node / f"{stored.name[:2]}.lock", "wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        began = time.monotonic()
+        assert rows(server.url, node_cache_gb=1).__getitems__([7])[0].item() == 7
+        assert time.monotonic() - began > 0.3, "it didn't wait at all"
+
+
+def test_without_a_temporary_folder_everything_is_read(
+    server: RangeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nowhere() -> str:
+        raise FileNotFoundError("No usable temporary directory found")
+
+    table(tmp_path)
+    monkeypatch.setattr(tempfile, "gettempdir", nowhere)
+    for root in (tmp_path, server.url):
+        assert rows(root, node_cache_gb=1).__getitems__([7])[0].item() == 7
+
+
+@pytest.mark.parametrize("given", [-1, "2", float("nan")])
+def test_a_node_cache_of_no_size_is_refused(tmp_path: Path, given: Any) -> None:
+    table(tmp_path)
+    with pytest.raises(ValueError, match=r"^node_cache_gb=.*: takes a number of GiB, 0 for none$"):
+        rows(tmp_path, node_cache_gb=given)
 
 
 def test_the_hub_is_asked_for_a_list_and_for_ranges(tmp_path: Path) -> None:

@@ -4,9 +4,12 @@ import fcntl
 import os
 import stat
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+PATIENCE_S = 60.0
 
 
 class NodeCache:
@@ -14,40 +17,33 @@ class NodeCache:
     those that were read last. Ranks and data loading processes go through the data together, so a few windows are enough
     for each to be fetched once a node; what holds all of it is fetched once at all.
 
-    Where nothing can be written, each process fetches its own.
+    Where nothing can be written, or nothing came of waiting for another process, each fetches its own.
     """
 
     def __init__(self, most_gb: float) -> None:
+        if isinstance(most_gb, str) or not most_gb >= 0:
+            raise ValueError(f"node_cache_gb={most_gb!r}: takes a number of GiB, 0 for none")
         self.most_bytes = int(most_gb * 2**30)
-        self.folder = Path(tempfile.gettempdir(), f"fairexp-{os.getuid()}-row-groups")
         self._unchecked = self.most_bytes  # bytes stored since the folder was last measured
 
     def get(self, name: str, fetch: Callable[[], Any]) -> Any:
         """The table of that name, or what `fetch` gives; who asks for it meanwhile waits for that."""
-        path = self.folder / f"{name}.arrow"
+        if not self.most_bytes:
+            return fetch()
         try:
-            self._own()
+            path = own_folder() / f"{name}.arrow"
             if (found := load(path)) is not None:
                 return found
-            lock = open(self.folder / f"{name[:2]}.lock", "wb")  # noqa: SIM115
+            lock = open(path.with_name(f"{name[:2]}.lock"), "wb")  # noqa: SIM115
         except OSError:
             return fetch()
-        with lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # let go by closing it, and by the end of the process
+        with lock:  # let go by closing it, and by the end of the process
+            wait_for(lock)
             found = load(path)
             if found is None:
                 found = fetch()
                 self._store(path, found)
         return found
-
-    def _own(self) -> None:
-        """An OSError, unless the folder is there and nobody else can write to it: a place below /tmp is there for anybody."""
-        if not self.most_bytes:
-            raise OSError
-        self.folder.mkdir(mode=0o700, exist_ok=True)
-        found = self.folder.lstat()
-        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
-            raise PermissionError
 
     def _store(self, path: Path, table: Any) -> None:
         import pyarrow as pa
@@ -66,9 +62,10 @@ class NodeCache:
         self._unchecked += size
         if self._unchecked <= self.most_bytes // 256:
             return True
-        files = [(entry.stat(), entry.path) for entry in os.scandir(self.folder) if not entry.name.endswith(".lock")]
+        folder = own_folder()
+        files = [(entry.stat(), entry.path) for entry in os.scandir(folder) if not entry.name.endswith(".lock")]
         files.sort(key=lambda file: file[0].st_mtime_ns)
-        used, disk = sum(state.st_size for state, _ in files), os.statvfs(self.folder)
+        used, disk = sum(state.st_size for state, _ in files), os.statvfs(folder)
         most = min(self.most_bytes, (used + disk.f_bavail * disk.f_frsize) // 2)
         for state, path in files:
             if used + size <= most:
@@ -77,6 +74,28 @@ class NodeCache:
             used -= state.st_size
         self._unchecked = 0
         return used + size <= most
+
+
+def own_folder() -> Path:
+    """The folder of the tables. An OSError, where it can't be made or isn't the user's alone: below /tmp anybody can make one."""
+    folder = Path(tempfile.gettempdir(), f"fairexp-{os.getuid()}-row-groups")
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise PermissionError(folder)
+    return folder
+
+
+def wait_for(lock: IO[bytes]) -> None:
+    """Takes the lock, or has waited for a minute, as long as a fetch is tried: a process that was stopped, perhaps of another
+    run, holds up nobody else for good."""
+    ends = time.monotonic() + PATIENCE_S
+    while time.monotonic() < ends:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            time.sleep(0.01)
 
 
 def load(path: Path) -> Any:

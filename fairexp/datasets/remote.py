@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 # seconds before each try after the first: a minute in all, in which a server restarts
 WAITS: tuple[float, ...] = (1, 2, 4, 8, 16, 32)
+# what the same question would get again: a package or a name that isn't there, a login that isn't let in
 SETTLED = (PermissionError, ValueError, TypeError, AttributeError, NotImplementedError)
 
 Answer = TypeVar("Answer")
@@ -42,7 +43,7 @@ class Remote:
         """The files below it that match, by name in `Path`'s order, and their sizes where the listing tells them."""
         from fsspec.utils import glob_translate
 
-        fixed = pattern[: re.search(r"[*?[]|$", pattern).start()].rpartition("/")[0]  # type: ignore[union-attr]
+        fixed = re.split(r"[*?[]", pattern)[0].rpartition("/")[0]  # the folders before the first wildcard
         depth = None if "**" in pattern else pattern[len(fixed) :].strip("/").count("/") + 1
         matches = re.compile(glob_translate(pattern)).match
 
@@ -111,6 +112,7 @@ def settled(error: BaseException) -> bool:
 
 
 def one_line(error: Exception) -> str:
+    """The error's type and its text, cut to what a person reads, without secrets."""
     return without_secrets(" ".join(f"{type(error).__name__}: {error}".split()))[:300]
 
 
