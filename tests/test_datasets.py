@@ -257,6 +257,8 @@ def test_images_are_normalised_channel_by_channel_and_nothing_else_is() -> None:
     torch.testing.assert_close(batch["image"], expected)
     assert batch["masks"] is masks
     assert batch["text"] is text
+    with pytest.raises(ValueError, match="a mean of 3 channels, and the batch no images of as many"):
+        normalize((images[:, :1], labels))
     with pytest.raises(ValueError, match=r"mean=\[0.5\], std=\[0.0\]: takes a number a channel, and no std of 0"):
         Normalize([0.5], [0.0])
 

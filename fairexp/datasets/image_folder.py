@@ -72,8 +72,8 @@ class Normalize:
     """A batch with its images, [n, c, h, w] of 0..255, as float32: divided by 255, less the mean, over the standard deviation.
 
     For `dataset.on_device`: as bytes, images are a quarter as much on their way there, and a GPU needs next to nothing for
-    what takes a data loading process a tenth of its time. `batch`: the images, or a tuple, list or dict with them, of which
-    nothing else is changed.
+    what takes a data loading process a fifth of its time. `batch`: the images, or a tuple, list or dict with them, of which
+    nothing else is changed. A batch without images of as many channels as `mean` has numbers is a ValueError.
     """
 
     def __init__(self, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> None:
@@ -82,14 +82,20 @@ class Normalize:
         self.mean, self.std = tuple(mean), tuple(std)
 
     def __call__(self, batch: Any) -> Any:
-        if isinstance(batch, Mapping):
-            return {key: self.normalized(value) for key, value in batch.items()}
-        return self.normalized(batch) if isinstance(batch, Tensor) else tuple(self.normalized(value) for value in batch)
+        if isinstance(batch, Tensor):
+            return self((batch,))[0]
+        parts = dict(batch) if isinstance(batch, Mapping) else dict(enumerate(batch))
+        images = {key: self.normalized(value) for key, value in parts.items() if self.takes(value)}
+        if not images:
+            raise ValueError(f"Normalize has a mean of {len(self.mean)} channels, and the batch no images of as many")
+        return parts | images if isinstance(batch, Mapping) else tuple((parts | images).values())
 
-    def normalized(self, images: Any) -> Any:
-        """The images; what has no channels of that number is left as it is."""
-        if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != len(self.mean):
-            return images
+    def takes(self, value: Any) -> bool:
+        """Whether these are images of as many channels."""
+        return isinstance(value, Tensor) and value.ndim == 4 and value.shape[1] == len(self.mean)
+
+    def normalized(self, images: Tensor) -> Tensor:
+        """The images [n, c, h, w]."""
         mean, std = constants(self.mean, self.std, images.device)
         return (images / 255).sub_(mean).div_(std)
 

@@ -105,14 +105,13 @@ def build(run_dir: RunDir, config: Mapping[str, Any], here: dist.Place, stop: St
             raise RunError("trainer.ema_decay: the optimizer averages the weights itself; set it to null")
         averaged = ScheduleFree(module, optimizer).applied
 
-    datasets = {part: _dataset(config["dataset"][part], part) for part in ("train", "eval")}
-    on_device = make(config["dataset"].get("on_device"))
-    lengths = {part: data.length(dataset, part) for part, dataset in datasets.items()}
+    dataset = {part: _dataset(config["dataset"], part) for part in ("train", "eval", "augment", "mix", "on_device")}
+    lengths = {part: data.length(dataset[part], part) for part in ("train", "eval")}
     per_rank = -(-trainer.global_batch_size // here.data_size)
     micro_batch_size = trainer.micro_batch_size or per_rank
     shuffle = config["dataset"].get("shuffle", True)
     training = order.TrainingOrder(
-        lengths["train"], trainer.global_batch_size, micro_batch_size, here, seed, shuffle, datasets["train"]
+        lengths["train"], trainer.global_batch_size, micro_batch_size, here, seed, shuffle, dataset["train"]
     )
     max_steps = trainer.max_steps or trainer.max_epochs * training.steps_per_epoch  # type: ignore[operator]
 
@@ -134,15 +133,15 @@ def build(run_dir: RunDir, config: Mapping[str, Any], here: dist.Place, stop: St
         averaged=averaged,
         training=training,
         fetch_training=data.Fetcher(
-            datasets["train"],
-            make(config["dataset"].get("augment")),
+            dataset["train"],
+            dataset["augment"],
             seed,
             BadSamples(run_dir.logs, here.rank, trainer.bad_samples),
-            make(config["dataset"].get("mix")),
-            on_device,
+            dataset["mix"],
+            dataset["on_device"],
         ),
         evaluation=order.EvaluationOrder(lengths["eval"], trainer.eval_batch_size or micro_batch_size, here),
-        fetch_evaluation=data.Fetcher(datasets["eval"], None, seed, on_device=on_device),
+        fetch_evaluation=data.Fetcher(dataset["eval"], None, seed, on_device=dataset["on_device"]),
         max_steps=max_steps,
         stop=stop,
         saver=Saver(here.device),
@@ -151,11 +150,11 @@ def build(run_dir: RunDir, config: Mapping[str, Any], here: dist.Place, stop: St
     return run
 
 
-def _dataset(node: Mapping[str, Any], part: str) -> Any:
+def _dataset(section: Mapping[str, Any], part: str) -> Any:
     try:
-        return make(node)
+        return make(section.get(part))
     except ValueError as error:
-        if not node["_target_"].startswith("fairexp."):
+        if not section[part]["_target_"].startswith("fairexp."):
             raise  # of the user's code the traceback is shown
         raise RunError(f"dataset.{part}: {error}") from error
 
