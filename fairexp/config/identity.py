@@ -25,12 +25,8 @@ NOT_IDENTITY = {
     "trainer.hang_timeout_s",
 }
 CHANGING = ("skip", "rollback")  # the policies of the guard that change a run's numbers
-NOT_IDENTITY_ANYWHERE = {
-    "root",
-    "expects",
-    "cache_mb",
-    "node_cache_gb",
-}  # a data folder's path, layout and caches, in any section
+# a data folder's path, layout and caches, in any section
+NOT_IDENTITY_ANYWHERE = {"root", "expects", "cache_mb", "node_cache_gb"}
 
 
 def run_id(config: Mapping[str, Any]) -> str:

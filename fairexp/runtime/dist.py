@@ -90,16 +90,16 @@ def _tcp_store(here: Place) -> dist.Store:
     )
 
 
-def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
-    """The element-wise sum over all ranks, in place."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(values)
-    return values
-
-
 def alone() -> bool:
     """Whether there is no other rank."""
     return not (dist.is_initialized() and dist.get_world_size() > 1)
+
+
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """The element-wise sum over all ranks, in place."""
+    if not alone():
+        dist.all_reduce(values)
+    return values
 
 
 def max_over_ranks(values: torch.Tensor) -> torch.Tensor:
@@ -127,7 +127,7 @@ def said_by_any(text: str) -> str:
 
 
 def _said_by(speaker: int, text: str) -> str:
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if alone():
         return text
     data = torch.frombuffer(bytearray(text.encode() or b" "), dtype=torch.uint8)
     size = torch.tensor([len(data) if text else 0])
@@ -142,7 +142,7 @@ def _said_by(speaker: int, text: str) -> str:
 
 def collect(key: str, value: Any) -> list[Any] | None:
     """Every rank's JSON value, on rank 0; None on the others. No collective, so threads may call it; a key is used once."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if alone():
         return [value]
     store = dist.distributed_c10d._get_default_store()
     if dist.get_rank() != 0:
@@ -160,7 +160,7 @@ def collect(key: str, value: Any) -> list[Any] | None:
 def share_buffers(module: torch.nn.Module) -> None:
     """Gives every rank rank 0's buffers: each rank's batch norms have seen other samples, and a run has one evaluation and
     one checkpoint. DDP does so before each forward pass; FSDP never."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
+    if not alone():
         for buffer in module.buffers():
             dist.broadcast(buffer, src=0)
 
