@@ -15,10 +15,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fairexp.runtime.data import Batches, Fetcher, MicroBatch, once
+from fairexp.runtime.data import Batches, Fetcher, MicroBatch, evaluation_batches
 from fairexp.runtime.dist import Place
 from fairexp.runtime.order import EvaluationOrder, Part, TrainingOrder
-from fairexp.runtime.packing import copies, packed, to_device, unpacked
+from fairexp.runtime.packing import copy_stream, packed, to_device, unpacked
 
 torch.set_num_threads(1)
 
@@ -189,7 +189,7 @@ def test_an_evaluation_reads_in_workers_what_comes_sample_by_sample() -> None:
 
     here = places(2)[1]
     parts = EvaluationOrder(LENGTH, 4, here)
-    got = {num: list(once(Fetcher(Where(), None, 0), parts, here, num)) for num in (0, 2)}
+    got = {num: list(evaluation_batches(Fetcher(Where(), None, 0), parts, here, num)) for num in (0, 2)}
     processes = {
         num: {i for micro in micros for i in micro.batch.pop("process").tolist()} for num, micros in got.items()
     }
@@ -197,9 +197,9 @@ def test_an_evaluation_reads_in_workers_what_comes_sample_by_sample() -> None:
     assert len(processes[2] - processes[0]) == 2
     assert same([got[2]], [got[0]])
     assert [micro.weight for micro in got[2]] == [part.weight for part in parts]
-    alone = once(Fetcher(Gathered(), None, 0), parts, here, 2)
+    alone = evaluation_batches(Fetcher(Gathered(), None, 0), parts, here, 2)
     assert {i for micro in alone for i in micro.batch["process"].tolist()} == {os.getpid()}
-    begun = once(Fetcher(Where(), None, 0), parts, here, 2)
+    begun = evaluation_batches(Fetcher(Where(), None, 0), parts, here, 2)
     next(begun)
     before = multiprocessing.active_children()
     begun.close()
@@ -308,11 +308,11 @@ def test_a_gpu_computes_with_a_batch_once_it_is_copied_and_its_memory_stays_unti
         yield
         calls.append(f"no longer on {stream.name}")
 
-    copies.cache_clear()
+    copy_stream.cache_clear()
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream("copies"))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("steps"))
     monkeypatch.setattr(torch.cuda, "stream", on)
     to_device([torch.zeros(2).as_subclass(Moving)], torch.device("cuda", 0))
-    copies.cache_clear()
+    copy_stream.cache_clear()
     copy = ["copy, blocking: False", "memory stays for steps"]
     assert calls == ["on copies", *copy, "no longer on copies", "steps waits for copies"]

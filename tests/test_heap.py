@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -34,3 +35,16 @@ def test_a_steps_memory_is_not_asked_for_anew_unless_the_user_says_so() -> None:
     pages = 4 * (4 << 20) // 4096
     assert faults() < pages // 20
     assert faults(MALLOC_TRIM_THRESHOLD_="131072") > pages // 2
+
+
+def test_a_rank_begins_with_it(tmp_path: Path) -> None:
+    words = ["train", "model=mlp", "trainer.max_steps=1", "launcher=inline", "tracker=none", f"runs_dir={tmp_path}"]
+    code = f"""
+from fairexp import cli
+from fairexp.runtime import heap
+heap.keep = lambda: print("kept")
+raise SystemExit(cli.main({words}))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("kept\n")

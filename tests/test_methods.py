@@ -4,6 +4,7 @@ The runs of several ranks are one sweep, whose pool starts its processes once; t
 """
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from fairexp.config import attempt
 from fairexp.config.compose import compose
 from fairexp.config.rundir import RunDir
 from fairexp.errors import RunError
-from fairexp.runtime import build, checkpoint, dist, loop
+from fairexp.runtime import build, checkpoint, data, dist, loop, order
 from fairexp.runtime.evaluation import evaluate_checkpoint
 from fairexp.runtime.preempt import Stop
 
@@ -40,6 +41,31 @@ def one_process(folder: Path, *overrides: str) -> build.Run:
     checkpoint.restore(run)
     build.track(run)
     return run
+
+
+def test_an_evaluation_of_a_run_with_workers_reads_in_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read_by(folder: Path, *overrides: str) -> tuple[dict[str, float], int]:
+        run = one_process(folder, *overrides)
+        digits, note = run.fetch_evaluation.dataset, folder / "processes"
+
+        class OneByOne:
+            def __len__(self) -> int:
+                return 40
+
+            def __getitem__(self, index: int) -> Any:
+                with open(note, "a") as file:
+                    file.write(f"{os.getpid()}\n")
+                images, labels = digits.__getitems__(torch.tensor([index]))
+                return images[0], labels[0]
+
+        run.fetch_evaluation = data.Fetcher(OneByOne(), None, 0)
+        run.evaluation = order.EvaluationOrder(40, 8, run.here)
+        return loop.evaluate(run), len(set(note.read_text().split()) - {str(os.getpid())})
+
+    alone, none = read_by(tmp_path / "0")
+    shared, two = read_by(tmp_path / "2", "trainer.num_workers=2")
+    assert (none, two) == (0, 2)
+    assert shared == alone
 
 
 def train(folder: Path, *overrides: str) -> Trained:

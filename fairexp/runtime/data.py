@@ -250,7 +250,7 @@ class Batches:
             self._workers = None
 
 
-def once(fetcher: Fetcher, parts: Iterable[Part], here: Place, num_workers: int) -> Iterator[MicroBatch]:
+def evaluation_batches(fetcher: Fetcher, parts: Iterable[Part], here: Place, num_workers: int) -> Iterator[MicroBatch]:
     """The batches of the parts, for an evaluation. Data loading processes read them where samples come one by one: one that
     gathers a batch at once is done before a process has started."""
     workers = Workers(fetcher.fetch, iter(parts), num_workers, here) if num_workers and not fetcher.gathers else None

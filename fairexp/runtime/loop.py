@@ -15,7 +15,7 @@ from torch import Tensor
 from fairexp.errors import RunError
 from fairexp.runtime import checkpoint, dist
 from fairexp.runtime.build import Run
-from fairexp.runtime.data import Batches, MicroBatch, once
+from fairexp.runtime.data import Batches, MicroBatch, evaluation_batches
 from fairexp.runtime.peaks import peak_flops
 from fairexp.runtime.profile import Profile
 
@@ -206,7 +206,7 @@ def evaluate(run: Run) -> dict[str, float]:
 def _sum_over_evaluation_set(run: Run) -> dict[str, Tensor]:
     """By metric the sum of its values and that of their weights, float64: float32 sums of a large set lose whole samples."""
     sums: dict[str, Tensor] = {}
-    for batch, weight, _ in once(run.fetch_evaluation, run.evaluation, run.here, run.trainer.num_workers):
+    for batch, weight, _ in evaluation_batches(run.fetch_evaluation, run.evaluation, run.here, run.trainer.num_workers):
         run.beacon.at("evaluate", run.step)
         with run.precision.autocast():
             loss, metrics = run.task(run.model, batch)

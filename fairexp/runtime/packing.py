@@ -35,7 +35,7 @@ def to_device(batch: Any, device: torch.device) -> Any:
     still computing when this process is done with handing that out."""
     if device.type == "cpu":
         return batch
-    copying, computing = copies(device), torch.cuda.current_stream(device)
+    copying, computing = copy_stream(device), torch.cuda.current_stream(device)
 
     def move(tensor: Tensor) -> Tensor:
         moved = tensor.to(device, non_blocking=True)
@@ -50,7 +50,7 @@ def to_device(batch: Any, device: torch.device) -> Any:
 
 
 @cache
-def copies(device: torch.device) -> torch.cuda.Stream:
+def copy_stream(device: torch.device) -> torch.cuda.Stream:
     """The stream on which this process's batches go to the device."""
     return torch.cuda.Stream(device)
 
