@@ -110,7 +110,7 @@ def _missing_key(override: Override, tree: DictConfig, known: dict[str, list[str
         above = ".".join(walked)
         if isinstance(node, ListConfig) and part.isdigit() and int(part) < len(node):
             node = node[int(part)]
-        elif isinstance(node, DictConfig) and part in node:
+        elif isinstance(node, DictConfig) and part in node.keys():  # noqa: SIM118  `in` leaves out what is still ???
             node = node._get_node(part)
             node = node if isinstance(node, DictConfig | ListConfig) else node._value()
         elif isinstance(node, DictConfig):
